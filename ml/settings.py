@@ -1,0 +1,113 @@
+"""Settings: one frozen object, read from the environment at an entry point and handed down from there.
+
+Order of precedence: environment, `.env` in the project's root, then what the running local stack wrote
+(`var/stack/stack.env`: the address and password of its PostgreSQL), then the defaults below.
+Nothing else in `ml` reads the environment.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from ml.errors import ConfigurationError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Settings(BaseSettings):
+    """What an operator can set. Each field is the environment variable of the same name in capitals."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, validate_default=True)
+
+    # Where things come from and are kept.
+    mlops_var_dir: Path = PROJECT_ROOT / "var"
+    cifar10_source: str = "auto"
+    vgg16_weights: str = "auto"
+    mlops_allow_stand_in: bool = False
+    """Only `make demo` sets it: lets `auto` fall back to generated data and random weights, labelled as such."""
+    mlops_data_url: str = ""
+    mlops_database_url: SecretStr | None = None
+    mlflow_tracking_uri: str = ""
+
+    # Who may call the prediction server, and where everything listens.
+    prediction_api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    api_host: str = "127.0.0.1"
+    airflow_port: int = Field(8080, ge=1, le=65535)
+    mlflow_port: int = Field(5000, ge=1, le=65535)
+    api_port: int = Field(8000, ge=1, le=65535)
+    reports_port: int = Field(8001, ge=1, le=65535)
+    postgres_port: int = Field(5433, ge=1, le=65535)
+
+    # Monitoring.
+    monitor_min_predictions: int = Field(100, ge=2)
+    monitor_max_predictions: int = Field(2000, ge=2)
+    monitor_false_alarm_rate: float = Field(0.01, gt=0, lt=1)
+    """Per window and over all columns together."""
+    retrain_cooldown_minutes: float = Field(360, ge=0)
+    alert_webhook_url: SecretStr | None = None
+
+    @field_validator("prediction_api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(SecretStr(key.strip()) for key in value.split(",") if key.strip())
+        return value
+
+    @property
+    def data_url(self) -> str:
+        """fsspec URL under which datasets are kept."""
+        return self.mlops_data_url or (self.mlops_var_dir / "data").as_uri()
+
+    @property
+    def tracking_uri(self) -> str:
+        """Address of the MLflow server."""
+        return self.mlflow_tracking_uri or f"http://127.0.0.1:{self.mlflow_port}"
+
+    @property
+    def reports_dir(self) -> Path:
+        """Evidently's workspace, which its UI shows."""
+        return self.mlops_var_dir / "reports"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Downloads and models fetched from the registry; safe to delete."""
+        return self.mlops_var_dir / "cache"
+
+    @property
+    def database_url(self) -> str:
+        """Address of the predictions database.
+
+        Raises:
+            ConfigurationError: where none is set and no local stack has run.
+        """
+        if self.mlops_database_url is None:
+            raise ConfigurationError(
+                "No predictions database is known: MLOPS_DATABASE_URL is not set and no local stack has been started.",
+                fix="run `make up` (it writes the address into var/stack/stack.env) or set MLOPS_DATABASE_URL to "
+                "postgresql://user:password@host:port/database.",
+            )
+        return self.mlops_database_url.get_secret_value()
+
+
+def stack_env_file(var_dir: Path) -> Path:
+    """Where the local stack writes the addresses that other shells need."""
+    return var_dir / "stack" / "stack.env"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Reads the settings. Call it at an entry point (command, task, server), never on import.
+
+    Raises:
+        ConfigurationError: names each setting that has a wrong value, and what was expected.
+    """
+    try:
+        # The stack's file lies under the var folder, which is itself a setting: read that one first.
+        var_dir = Settings(_env_file=PROJECT_ROOT / ".env", **overrides).mlops_var_dir  # type: ignore[arg-type, call-arg]
+        return Settings(_env_file=(stack_env_file(var_dir), PROJECT_ROOT / ".env"), **overrides)  # type: ignore[arg-type, call-arg]
+    except ValidationError as error:
+        wrong = "; ".join(f"{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ConfigurationError(
+            f"Settings that cannot be used: {wrong}.", fix="correct them in the environment or in .env."
+        ) from error

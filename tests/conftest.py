@@ -1,0 +1,147 @@
+"""Fixtures shared by all tiers: real PostgreSQL, real MLflow, settings under a temporary folder."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ml.settings import Settings
+
+PASSWORD = secrets.token_urlsafe(12)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop(process: "subprocess.Popen[bytes]", how: int = signal.SIGTERM, patience: float = 10) -> None:
+    """Stops a process group that a fixture started; kills what does not end by itself."""
+    if process.poll() is None:
+        os.killpg(process.pid, how)
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(patience)
+
+
+def wait_until(ready: Callable[[], bool], *, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} was not ready after {seconds:.0f} s")
+        time.sleep(0.1)
+
+
+class PostgresProcess:
+    """A PostgreSQL server of the tests' own, which can be stopped and started to play an outage."""
+
+    def __init__(self, data_dir: Path) -> None:
+        from ml.stack.postgres import Cluster
+
+        self.cluster = Cluster(data_dir, free_port(), PASSWORD)
+        self.cluster.create()
+        self.start()
+
+    def start(self) -> None:
+        from ml.database import connect
+        from ml.errors import DatabaseUnavailable
+
+        self.process = subprocess.Popen(
+            self.cluster.command(),
+            user=self.cluster.system_user(),
+            process_group=0,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+        def answers() -> bool:
+            try:
+                connect(self.cluster.url("postgres")).close()
+            except DatabaseUnavailable:
+                return False
+            return True
+
+        wait_until(answers, seconds=20, what="PostgreSQL")
+
+    def stop(self) -> None:
+        stop(self.process, signal.SIGINT)
+
+    def new_database(self, name: str) -> str:
+        from ml.stack.postgres import ensure_database
+
+        return ensure_database(self.cluster, name, PASSWORD)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresProcess]:
+    server = PostgresProcess(tmp_path_factory.mktemp("postgres") / "data")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def database_url(postgres: PostgresProcess) -> str:
+    """A fresh, migrated predictions database."""
+    from ml.stack.migrations import migrate
+
+    url = postgres.new_database(f"predictions_{secrets.token_hex(4)}")
+    migrate(url)
+    return url
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(postgres: PostgresProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server on PostgreSQL, serving its artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+                *("--backend-store-uri", postgres.new_database("mlflow")),
+                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+            ],
+            process_group=0,
+            stdout=log,
+            stderr=log,
+        )
+    uri = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"MLflow ended: {(folder / 'server.log').read_text()}")
+        try:
+            return httpx.get(f"{uri}/health", timeout=2).is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(answers, seconds=120, what="MLflow")
+        yield uri
+    finally:
+        stop(process)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings that touch nothing outside the test's folder. Tests of a service add its address with `model_copy`."""
+    return Settings(
+        _env_file=None,  # type: ignore[call-arg]
+        mlops_var_dir=tmp_path / "var",
+        cifar10_source="synthetic",
+        vgg16_weights="random",
+        mlops_data_url=(tmp_path / "var" / "data").as_uri(),
+        mlflow_tracking_uri="http://127.0.0.1:9",  # nobody answers there
+    )
