@@ -1,0 +1,122 @@
+"""Inference on one ONNX file through ONNX Runtime.
+
+Owns the session and the promise that what comes out are probabilities. Knows neither where the file came from
+(`ml.serving.hot_swap`) nor how images are decoded (`ml.serving.decoding`).
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
+from ml.errors import InputInvalid, ModelInvalid
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 128
+"""Images handed to the session at once: bounds VGG16's activations to some 200 MB; more is not faster on a CPU."""
+
+_INPUT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+
+# ONNX Runtime's exceptions have no common base but Exception: these are all that it can raise.
+_ORT_ERRORS = tuple(
+    kind for kind in vars(ort_errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+)
+
+
+class Engine:
+    """A model that is ready to predict. Safe to use from several threads at once.
+
+    Args:
+        onnx_path: the model: one input (batch, 32, 32, 3), float32 or uint8, raw 0-255 RGB; one output (batch, 10).
+        threads: cores that one `predict` may use; 0 leaves the choice to ONNX Runtime (all physical ones).
+
+    Raises:
+        ModelInvalid: when the file is not such a model, or its answer to a blank image is not a probability vector.
+    """
+
+    def __init__(self, onnx_path: Path, threads: int = 0) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # warnings of graph optimisation mean nothing to an operator
+        self._path = onnx_path
+        try:
+            self._session = ort.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
+        except _ORT_ERRORS as error:
+            raise _invalid(onnx_path, f"cannot be loaded ({_first_line(error)})") from error
+        self._input, self._output, self._dtype = _check_signature(self._session, onnx_path)
+        self._warm_up()
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Class probabilities of images.
+
+        Args:
+            images: uint8 or float32 (n, 32, 32, 3), raw RGB in 0-255; n may be 0.
+
+        Returns:
+            float32 (n, 10); each row sums to 1.
+
+        Raises:
+            InputInvalid: when shape or dtype is another.
+            ModelInvalid: when the model fails on these images, or answers NaN.
+        """
+        if images.ndim != 4 or images.shape[1:] != IMAGE_SHAPE or images.dtype not in (np.uint8, np.float32):
+            raise InputInvalid(
+                f"An engine takes uint8 or float32 images of shape (n, 32, 32, 3), not {images.dtype} {images.shape}.",
+                fix="resize to 32x32 RGB first (ml.serving.decoding does).",
+            )
+        if len(images) == 0:
+            return np.empty((0, NUM_CLASSES), np.float32)
+        chunks = [self._run(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
+        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        batch: np.ndarray = np.ascontiguousarray(images, dtype=self._dtype)
+        try:
+            probabilities = self._session.run([self._output], {self._input: batch})[0]
+        except _ORT_ERRORS as error:
+            raise _invalid(self._path, f"fails on a batch of {len(batch)} ({_first_line(error)})") from error
+        if probabilities.shape != (len(batch), NUM_CLASSES):
+            raise _invalid(self._path, f"answers {probabilities.shape} to {len(batch)} images, not (n, {NUM_CLASSES})")
+        if not np.isfinite(probabilities).all():
+            raise _invalid(self._path, "answers NaN or infinity")
+        return probabilities.astype(np.float32, copy=False)
+
+    def _warm_up(self) -> None:
+        # Two batch sizes: the first run allocates, the second shows that the batch dimension is free.
+        for size in (1, 2):
+            rows = self._run(np.zeros((size, *IMAGE_SHAPE), self._dtype))
+            if rows.min() < -1e-6 or not np.allclose(rows.sum(axis=1), 1, atol=1e-3):
+                raise _invalid(self._path, f"answers a blank image with {rows[0].tolist()}, which are no probabilities")
+
+
+def _check_signature(session: ort.InferenceSession, path: Path) -> tuple[str, str, type]:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise _invalid(path, f"has {len(inputs)} inputs and {len(outputs)} outputs, not one of each")
+    (given,), (made,) = inputs, outputs
+    if given.type not in _INPUT_TYPES:
+        raise _invalid(path, f"takes {given.type}, not float32 or uint8")
+    # A free dimension is a name or None; a fixed one must be the right number.
+    expected = (None, *IMAGE_SHAPE)
+    fits = len(given.shape) == 4 and all(
+        not isinstance(d, int) or d == e for d, e in zip(given.shape, expected, strict=True)
+    )
+    if not fits:
+        raise _invalid(path, f"takes {given.shape}, not (any batch, 32, 32, 3)")
+    return given.name, made.name, _INPUT_TYPES[given.type]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+def _invalid(path: Path, what: str) -> ModelInvalid:
+    return ModelInvalid(
+        f"{path.name} {what}.",
+        fix="register a version whose ONNX file takes (n, 32, 32, 3) raw RGB and gives (n, 10) softmax probabilities; "
+        "`cifar10 rollback` restores the previous champion.",
+    )
