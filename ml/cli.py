@@ -1,0 +1,261 @@
+"""The `cifar10` command: one subcommand per workflow.
+
+With `--json` stdout carries one JSON object and nothing else; progress goes to stderr.
+Exit codes: 0 done, 1 the work failed, 2 bad usage.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any
+
+# TensorFlow reads it once, when it is imported; its start-up messages are no progress.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from ml.errors import CifarError, ConfigurationError
+from ml.settings import Settings, load_settings
+
+app = typer.Typer(
+    help="Trains, promotes, serves and watches CIFAR-10 classifiers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+DatasetId = Annotated[str | None, typer.Option("--dataset", help="Dataset id; the newest dataset where none is given.")]
+
+
+class Architecture(StrEnum):
+    """The models that can be trained."""
+
+    baseline = "baseline"
+    vgg16 = "vgg16"
+
+
+def _run(work: Callable[[Settings], dict[str, Any]], *, as_json: bool) -> None:
+    """Reads the settings, does the work, prints its result; errors become a message, a fix and an exit code."""
+    _log_to_stderr()
+    try:
+        result = work(load_settings())
+    except CifarError as error:
+        _fail(error, as_json=as_json)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_result(result)
+
+
+def _fail(error: CifarError, *, as_json: bool) -> None:
+    if as_json:
+        body = {"type": type(error).__name__, "message": error.message, "fix": error.fix}
+        print(json.dumps({"error": body}))
+    else:
+        console = Console(stderr=True)
+        console.print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        console.print(error.message, markup=False, highlight=False)
+        console.print("[bold]Fix[/]", end=" ")
+        console.print(error.fix, markup=False, highlight=False)
+    raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from error
+
+
+def _log_to_stderr() -> None:
+    """A line per step: coloured on a terminal, plain with a time elsewhere."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(
+            console=Console(stderr=True), show_path=False, show_level=False, omit_repeated_times=False
+        )
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger("ml")
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for key, value in result.items():
+        shown = value if isinstance(value, str) else json.dumps(value)
+        table.add_row(key, shown)
+    Console().print(table)
+
+
+@app.command()
+def ingest(
+    source: Annotated[
+        str | None, typer.Option(help="Overrides CIFAR10_SOURCE: a path, a URL, auto or synthetic.")
+    ] = None,
+    csv: Annotated[bool, typer.Option(help="Export CSV as well.")] = True,
+    explore: Annotated[bool, typer.Option(help="Draw the exploration page as well; needs MLflow.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch, verify, check, split and store CIFAR-10 as a versioned dataset."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows import ingest as workflow
+
+        result = workflow.ingest(settings, source)
+        if csv:
+            result["csv"] = workflow.export_csv(settings, result["dataset_id"])
+        if explore:
+            result["exploration"] = workflow.explore(settings, result["dataset_id"])
+        return result
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def train(
+    architecture: Annotated[Architecture, typer.Argument(help="The model to train.")],
+    recipe: Annotated[str, typer.Option(help="A recipe of recipes/: report, demo, or one of your own.")] = "report",
+    dataset: DatasetId = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model by a recipe, evaluate it and register it as a candidate."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.datasets.store import latest_dataset_id
+        from ml.training.recipe import load_recipe
+        from ml.workflows.train import train as workflow
+
+        chosen = load_recipe(architecture.value, recipe)
+        dataset_id = dataset or latest_dataset_id(settings.data_url)
+        return workflow(settings, architecture.value, dataset_id, chosen)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def promote(
+    dataset: DatasetId = None,
+    test_limit: Annotated[int | None, typer.Option(min=1, help="Judge on so many test images instead of all.")] = None,
+    new_lineage: Annotated[
+        bool, typer.Option(help="Accept a champion's replacement by a model of another dataset.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge the candidates against the champion on the same test images; move the alias where one is better."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.promote import promote as workflow
+
+        return workflow(settings, dataset_id=dataset, test_limit=test_limit, new_lineage=new_lineage)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def rollback(as_json: AsJson = False) -> None:
+    """Make the previous champion the champion again."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.promote import rollback as workflow
+
+        return workflow(settings)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def monitor(
+    min_predictions: Annotated[
+        int | None, typer.Option(min=2, help="Fewer predictions than this are `insufficient`.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the live predictions with the champion's reference; alert and ask for a retraining on drift."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.monitor import monitor as workflow
+
+        return workflow(settings, min_predictions=min_predictions)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Say what of the local stack runs, and where."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.stack.local import status as workflow
+
+        return workflow(settings)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def up(
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when all is ready; `cifar10 down` stops it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start the local stack: PostgreSQL, MLflow, Airflow, the prediction server, the reports."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.stack import local
+        from ml.stack.components import urls
+
+        if detach:
+            local.start_in_background(settings)
+            return {"state": "running", "urls": urls(settings)}
+        local.up(settings, on_ready=lambda: _announce(settings))
+        return {"state": "stopped"}
+
+    _run(work, as_json=as_json)
+
+
+def _announce(settings: Settings) -> None:
+    from ml.stack.components import urls
+    from ml.stack.secret_store import load_or_create
+
+    console = Console(stderr=True)
+    console.print("\n[bold green]The stack is ready.[/] Ctrl-C stops all of it.")
+    for name, url in urls(settings).items():
+        console.print(f"  {name:12} {url}")
+    console.print(f"  Airflow's user is admin, its password {load_or_create(settings.mlops_var_dir).airflow_admin}\n")
+
+
+@app.command()
+def down(as_json: AsJson = False) -> None:
+    """Stop the local stack, and whatever a killed one left behind."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.stack.local import down as workflow
+
+        return workflow(settings)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """Start the stack and run the whole loop once: ingest, train, promote, serve, drift, retrain."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.demo import demo as workflow
+
+        return workflow(settings)
+
+    _run(work, as_json=as_json)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A small client of Airflow's REST API: what the stack and the demo ask of it, as a user would."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from ml.errors import ComponentFailed, OrchestratorUnavailable
+
+
+@dataclass(frozen=True)
+class DagRun:
+    """One run of a DAG. `seconds` is None until it has ended; times are ISO 8601."""
+
+    dag_id: str
+    run_id: str
+    state: str
+    queued_at: str
+    seconds: float | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will change no more."""
+        return self.state in ("success", "failed")
+
+
+class AirflowApi:
+    """Talks to `base_url` as `user`. Every method raises OrchestratorUnavailable when Airflow cannot be asked."""
+
+    def __init__(self, base_url: str, user: str, password: str) -> None:
+        self.base_url = base_url
+        self._login = {"username": user, "password": password}
+        self._http = httpx.Client(base_url=base_url, timeout=20)
+        self._token = ""
+
+    def is_healthy(self, part: str) -> bool:
+        """Whether `scheduler` or `dag_processor` reports a fresh heartbeat; False where nobody answers."""
+        try:
+            health = self._http.get("/api/v2/monitor/health", timeout=5)
+            return health.is_success and (health.json().get(part) or {}).get("status") == "healthy"
+        except httpx.TransportError:
+            return False
+
+    def ensure_pool(self, name: str, *, slots: int, description: str) -> None:
+        """Makes a pool, or leaves the one that an operator may have resized."""
+        body = {"name": name, "slots": slots, "description": description, "include_deferred": False}
+        self._call("POST", "/api/v2/pools", body, accept=(httpx.codes.CONFLICT,))
+
+    def dag_ids(self) -> dict[str, bool]:
+        """The DAGs that Airflow has read, and whether each is paused."""
+        return {dag["dag_id"]: dag["is_paused"] for dag in self._call("GET", "/api/v2/dags")["dags"]}
+
+    def import_errors(self) -> list[str]:
+        """What kept DAG files from being read."""
+        errors = self._call("GET", "/api/v2/importErrors")["import_errors"]
+        return [f"{error['filename']}: {error['stack_trace']}" for error in errors]
+
+    def unpause(self, dag_id: str) -> None:
+        """Lets a DAG run."""
+        self._call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": False})
+
+    def trigger(self, dag_id: str, conf: Mapping[str, Any]) -> DagRun:
+        """Starts a run, as the trigger form does."""
+        body = {"logical_date": None, "conf": dict(conf)}
+        return _dag_run(self._call("POST", f"/api/v2/dags/{dag_id}/dagRuns", body))
+
+    def runs(self, dag_id: str) -> list[DagRun]:
+        """The runs of a DAG, newest first."""
+        found = self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns?order_by=-run_after&limit=50")
+        return [_dag_run(run) for run in found["dag_runs"]]
+
+    def run(self, dag_id: str, run_id: str) -> DagRun:
+        """One run as it stands now."""
+        return _dag_run(self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}"))
+
+    def result(self, dag_id: str, run_id: str, task_id: str) -> Any:
+        """What a task returned."""
+        path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/return_value"
+        return self._call("GET", f"{path}?deserialize=true")["value"]
+
+    def wait(self, run: DagRun, *, seconds: float) -> DagRun:
+        """Waits for a run to end.
+
+        Raises:
+            ComponentFailed: when it failed, naming the tasks that did, or has not ended in time.
+        """
+        deadline = time.monotonic() + seconds
+        while not (now := self.run(run.dag_id, run.run_id)).ended:
+            if time.monotonic() > deadline:
+                raise ComponentFailed(
+                    f"{run.dag_id} ({run.run_id}) had not ended after {seconds:.0f} s.",
+                    fix=f"see {self.base_url}/dags/{run.dag_id}/runs/{run.run_id}.",
+                )
+            time.sleep(1)
+        if now.state == "failed":
+            failed = ", ".join(self.failed_tasks(now)) or "no task"
+            raise ComponentFailed(
+                f"{run.dag_id} failed in {failed}.",
+                fix=f"read the task's log at {self.base_url}/dags/{run.dag_id}/runs/{run.run_id}.",
+            )
+        return now
+
+    def failed_tasks(self, run: DagRun) -> list[str]:
+        """The tasks of a run that failed by themselves."""
+        found = self._call("GET", f"/api/v2/dags/{run.dag_id}/dagRuns/{run.run_id}/taskInstances")
+        return [task["task_id"] for task in found["task_instances"] if task["state"] == "failed"]
+
+    @retry(
+        retry=retry_if_exception_type(OrchestratorUnavailable),
+        stop=stop_after_delay(60),
+        wait=wait_exponential(multiplier=0.5, max=5),
+        reraise=True,
+    )
+    def _call(self, method: str, path: str, body: object = None, accept: tuple[int, ...] = ()) -> Any:
+        try:
+            response = self._send(method, path, body)
+            if response.status_code == httpx.codes.UNAUTHORIZED:
+                self._token = ""
+                response = self._send(method, path, body)
+        except httpx.TransportError as error:
+            raise OrchestratorUnavailable(
+                f"Airflow at {self.base_url} could not be asked: {error}.", fix="start it with `make up`."
+            ) from error
+        if response.is_server_error:
+            raise OrchestratorUnavailable(
+                f"Airflow answered {response.status_code} to {method} {path}.",
+                fix="see var/log/airflow-api-server.log.",
+            )
+        if response.is_error and response.status_code not in accept:
+            raise ComponentFailed(
+                f"Airflow refused {method} {path}: {response.status_code} {response.text[:500]}",
+                fix="see that its DAGs are the ones of this version (`make down`, `make up`).",
+            )
+        return response.json() if response.content else None
+
+    def _send(self, method: str, path: str, body: object) -> httpx.Response:
+        if not self._token:
+            answer = self._http.post("/auth/token", json=self._login)
+            self._token = answer.json()["access_token"] if answer.is_success else ""
+        return self._http.request(method, path, json=body, headers={"Authorization": f"Bearer {self._token}"})
+
+
+def _dag_run(found: Mapping[str, Any]) -> DagRun:
+    return DagRun(
+        dag_id=found["dag_id"],
+        run_id=found["dag_run_id"],
+        state=found["state"],
+        queued_at=found.get("queued_at") or found["run_after"],
+        seconds=found.get("duration"),
+    )
