@@ -6,17 +6,21 @@ what they mean is decided in `ml.monitoring.statistics` and `policy`.
 """
 
 import logging
+import threading
+from collections import deque
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
 import numpy as np
 import psycopg2
+from psycopg2.extensions import connection as Connection  # noqa: N812 - psycopg2 names its class in lower case
+from psycopg2.extras import execute_values
 
-from ml.database import transaction
+from ml.database import connect, transaction
 from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
-from ml.errors import InputInvalid, PredictionNotFound
-from ml.monitoring.image_statistics import STATISTIC_NAMES
+from ml.errors import DatabaseUnavailable, InputInvalid, PredictionNotFound
+from ml.monitoring.image_statistics import STATISTIC_NAMES, image_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -151,3 +155,205 @@ def record_feedback(database_url: str, request_id: UUID, index: int, label: int)
             f"No prediction {request_id} with index {index} is in the log.",
             fix="send the request_id of a reply of /v1/predict, and the index of one of its predictions (from 0).",
         ) from error
+
+
+class PredictionLog:
+    """Takes predictions from the request path and writes them to PostgreSQL in the background.
+
+    `append` never waits for the database and never fails: while PostgreSQL is away the queue holds up to `capacity`
+    rows, and what does not fit is counted as dropped. What was queued is written when it is back, exactly once.
+
+    Args:
+        database_url: the predictions database.
+        capacity: rows kept in memory at most; a row is 3.2 kB.
+        flush_every: seconds until a row is written at the latest, where the database answers.
+        batch_rows: rows written in one transaction at most; so many waiting are written at once.
+        longest_pause: seconds between two tries at most, while the database is away.
+    """
+
+    def __init__(
+        self,
+        database_url: str,
+        *,
+        capacity: int = 20_000,
+        flush_every: float = 0.2,
+        batch_rows: int = 500,
+        longest_pause: float = 2.0,
+    ) -> None:
+        self._database_url = database_url
+        self._capacity = capacity
+        self._flush_every = flush_every
+        self._batch_rows = batch_rows
+        self._longest_pause = longest_pause
+        self._changed = threading.Condition()
+        # All of the following is touched under `_changed` only.
+        self._queue: deque[LoggedPrediction] = deque()
+        self._queued = self._written = self._dropped = 0
+        self._accepted = 0  # rows ever taken into the queue
+        self._settled = 0  # rows of those that have left it, written or given up
+        self._database_ok = True
+        self._hurry = False
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the background thread. Call it in the process that predicts, not before a fork."""
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
+                self._thread.start()
+
+    def append(self, prediction: LoggedPrediction) -> bool:
+        """Queues one request's predictions; False where the queue is full or closed and they are dropped."""
+        rows = len(prediction.images)
+        with self._changed:
+            if self._closing or self._queued + rows > self._capacity:
+                self._dropped += rows
+                return False
+            self._queue.append(prediction)
+            self._queued += rows
+            self._accepted += rows
+            self._changed.notify_all()
+        return True
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Waits until everything appended so far is in the database; False where it is not after `timeout` seconds."""
+        with self._changed:
+            if self._settled >= self._accepted:
+                return True
+            target = self._accepted
+            self._hurry = True
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: self._settled >= target, timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Writes what is queued, for `timeout` seconds at most, and ends the thread. What is left is dropped."""
+        written = self.flush(timeout if self._thread is not None else 0)
+        with self._changed:
+            self._closing = True
+            if not written:
+                logger.error("Prediction log closed with %d rows that PostgreSQL did not take.", self._queued)
+                self._give_up_queue()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def state(self) -> LogState:
+        """The counts at this moment."""
+        with self._changed:
+            return LogState(self._queued, self._written, self._dropped, self._database_ok)
+
+    def record_feedback(self, request_id: UUID, index: int, label: int) -> bool:
+        """As the function of this name, also for a prediction that is still on its way to the database.
+
+        Raises:
+            PredictionNotFound: when no such prediction was ever logged.
+            InputInvalid: when `label` is no class id.
+            DatabaseUnavailable: when PostgreSQL cannot be asked, or has not yet taken what is queued.
+        """
+        try:
+            return record_feedback(self._database_url, request_id, index, label)
+        except PredictionNotFound:
+            if not self.flush(timeout=2.0):
+                raise DatabaseUnavailable(
+                    "PostgreSQL has not taken the latest predictions yet.", fix="send the feedback again in a moment."
+                ) from None
+        return record_feedback(self._database_url, request_id, index, label)
+
+    def _run(self) -> None:
+        connection: Connection | None = None
+        pause = 0.0
+        while batch := self._next_batch(pause):
+            rows = sum(len(item.images) for item in batch)
+            try:
+                connection = connection or connect(self._database_url)
+                _insert(connection, batch)
+            except (psycopg2.DataError, psycopg2.IntegrityError):
+                # These rows can never be written; keeping them would hold up all that follow.
+                logger.exception("Prediction log: %d rows were refused by PostgreSQL and are dropped.", rows)
+                pause = 0.0
+                self._settle(batch, rows, written=False)
+            except (psycopg2.Error, DatabaseUnavailable) as error:
+                # Away, in recovery, or without the schema yet: whatever it is, waiting loses nothing.
+                pause = min(self._longest_pause, pause * 2 or 0.1)
+                self._tell_once(error)
+                if connection is not None:
+                    connection.close()
+                    connection = None
+            else:
+                pause = 0.0
+                self._settle(batch, rows, written=True)
+        if connection is not None:
+            connection.close()
+
+    def _next_batch(self, pause: float) -> list[LoggedPrediction]:
+        """Waits for rows to write; empty when the log is closed and nothing is left."""
+        with self._changed:
+            if pause:
+                self._changed.wait_for(lambda: self._closing, pause)
+            else:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                full = self._batch_rows
+                self._changed.wait_for(lambda: self._queued >= full or self._hurry or self._closing, self._flush_every)
+            self._hurry = False
+            batch: list[LoggedPrediction] = []
+            rows = 0
+            for item in self._queue:
+                if batch and rows + len(item.images) > self._batch_rows:
+                    break
+                batch.append(item)
+                rows += len(item.images)
+            return batch
+
+    def _tell_once(self, error: Exception) -> None:
+        with self._changed:
+            if self._database_ok:
+                reason = " ".join(str(error).split())
+                logger.warning("Prediction log: %s Keeping up to %d rows meanwhile.", reason, self._capacity)
+            self._database_ok = False
+
+    def _settle(self, batch: list[LoggedPrediction], rows: int, *, written: bool) -> None:
+        with self._changed:
+            if not self._queue or self._queue[0] is not batch[0]:
+                return  # `close` gave up on them meanwhile
+            for _ in batch:
+                self._queue.popleft()
+            self._queued -= rows
+            self._settled += rows
+            if written:
+                self._written += rows
+                if not self._database_ok:
+                    logger.info("Prediction log: PostgreSQL is back; %d rows are still queued.", self._queued)
+                self._database_ok = True
+            else:
+                self._dropped += rows
+            self._changed.notify_all()
+
+    def _give_up_queue(self) -> None:
+        self._dropped += self._queued
+        self._settled += self._queued
+        self._queued = 0
+        self._queue.clear()
+
+
+def _insert(connection: Connection, batch: list[LoggedPrediction]) -> None:
+    statistics = image_statistics(np.concatenate([item.images for item in batch]))
+    looks = iter(np.stack(list(statistics.values()), axis=1).tolist())
+    rows = [
+        (
+            str(item.request_id),
+            index,
+            item.created_at,
+            item.model_name,
+            item.model_version,
+            int(probabilities.argmax()),
+            probabilities.tolist(),
+            *next(looks),
+            psycopg2.Binary(image.tobytes()),
+        )
+        for item in batch
+        for index, (probabilities, image) in enumerate(zip(item.probabilities, item.images, strict=True))
+    ]
+    with connection, connection.cursor() as cursor:
+        cursor.execute(_WRITERS_TAKE_TURNS)
+        execute_values(cursor, _INSERT, rows, template=_ROW, page_size=len(rows))
