@@ -1,0 +1,1 @@
+"""The MLflow tracking server and model registry; the only package that imports mlflow."""

@@ -1,0 +1,286 @@
+"""Turns a trained, exported model into a version of the registered model.
+
+Owns what a version holds and which tags it bears. The files' layout and their way back are `ml.registry.versions`'s.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import mlflow.pyfunc
+import numpy as np
+import onnxruntime
+from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
+from ml.errors import ModelInvalid, RegistryError
+from ml.registry import versions
+from ml.registry.connection import BULK, asking, patiently
+from ml.registry.tracking import Run
+from ml.registry.versions import ModelVersion, Registry
+
+if TYPE_CHECKING:
+    from ml.datasets.store import Manifest
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_ACCURACY = "validation_accuracy"
+_TAG_LOGGED_MODEL = "logged_model"
+_MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
+# ONNX Runtime's exceptions have no common base but Exception: these are all that it can raise.
+_ORT_ERRORS = tuple(
+    kind for kind in vars(ort_errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+)
+
+
+class ExportedFiles(Protocol):
+    """The two forms of one trained model (`ml.training.export.ExportedModel` is one)."""
+
+    @property
+    def keras(self) -> Path:
+        """The Keras file."""
+
+    @property
+    def onnx(self) -> Path:
+        """The ONNX file: one input (n, 32, 32, 3), raw 0-255 RGB; one output (n, 10), probabilities."""
+
+
+def metric_tag(name: str) -> str:
+    """The tag of a version that holds a figure measured at its registration."""
+    return f"metric.{name}"
+
+
+def register(
+    run: Run,
+    *,
+    exported: ExportedFiles,
+    metrics: Mapping[str, float],
+    recipe: Mapping[str, object],
+    manifest: "Manifest",
+    weights: str,
+    reference: Path,
+    input_example: np.ndarray,
+    data: str,
+    architecture: str,
+) -> ModelVersion:
+    """Makes one version of `cifar10-classifier` from a run, points `challenger` at it, and returns it.
+
+    The version is an MLflow pyfunc model (so `mlflow models serve` works) that serves the ONNX file; the Keras file,
+    the reference and a model card lie beside it. It waits for the gate: tag gate.decision = pending.
+
+    Args:
+        run: the run that trained it, still open.
+        exported: paths of the Keras file and the ONNX file.
+        metrics: flat figures of this model; must hold `validation_accuracy`, by which the gate picks among candidates.
+            Each becomes a tag metric.<name>.
+        recipe: what it was trained with, JSON-able; kept in full on the card, `name` of it as a tag.
+        manifest: the dataset that it was trained on.
+        weights: what it started from, as shown to users (`imagenet`, `RANDOM WEIGHTS`, ...).
+        reference: reference.parquet of `ml.monitoring.reference`.
+        input_example: a few images, uint8 or float32 (n, 32, 32, 3).
+        data: `cifar-10` or `SYNTHETIC`, as shown to users.
+        architecture: `baseline` or `vgg16`.
+
+    Raises:
+        ModelInvalid: a file is missing, validation_accuracy is missing or not finite, or the ONNX file does not turn
+            `input_example` into probabilities. Nothing is registered then.
+        RegistryUnavailable: MLflow stayed away for two minutes. No version appears half-made: it is created last.
+    """
+    started = time.perf_counter()
+    _check(exported, metrics, reference, input_example)
+    with tempfile.TemporaryDirectory(prefix="register-") as work:
+        card = model_card(
+            metrics=metrics, recipe=recipe, manifest=manifest, weights=weights, data=data, architecture=architecture
+        )
+        sources = {
+            versions.ONNX_FILE: exported.onnx,
+            versions.KERAS_FILE: exported.keras,
+            versions.REFERENCE_FILE: reference,
+        }
+        staged = _stage(sources, card, Path(work) / "files")
+        tags = {
+            versions.TAG_ARCHITECTURE: architecture,
+            versions.TAG_DATASET: manifest.dataset_id,
+            versions.TAG_DATA: data,
+            versions.TAG_WEIGHTS: weights,
+            "recipe": str(recipe.get("name", "")),
+            "git_sha": run.tags.get("git.sha", "unknown"),
+            versions.TAG_DECISION: versions.PENDING,
+            **{metric_tag(name): repr(float(value)) for name, value in metrics.items()},
+            **{versions.checksum_tag(name): versions.sha256(Path(path)) for name, path in staged.items()},
+        }
+        created = _create(
+            run,
+            artifacts=staged,
+            input_example=input_example,
+            architecture=architecture,
+            tags=tags,
+            folder=Path(work) / "model",
+        )
+    registry = Registry(run.tracking_uri)
+    number = int(created.version)
+    patiently(
+        lambda: registry.set_alias(versions.CHALLENGER, number),
+        what="Pointing challenger at the new version",
+        seconds=run.patience_seconds,
+    )
+    version = patiently(
+        lambda: registry.by_version(number), what="Reading the new version", seconds=run.patience_seconds
+    )
+    logger.info(
+        "Registered %s version %d (%s) in %.1f s", version.name, number, architecture, time.perf_counter() - started
+    )
+    return version
+
+
+def model_card(
+    *,
+    metrics: Mapping[str, float],
+    recipe: Mapping[str, object],
+    manifest: "Manifest",
+    weights: str,
+    data: str,
+    architecture: str,
+) -> str:
+    """What a version is, in Markdown: purpose, data, weights, figures with their n, recipe, limits."""
+    counts = ", ".join(f"{split} {n}" for split, n in manifest.counts.items())
+    figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items()))
+    return f"""# {versions.MODEL_NAME}: {architecture}
+
+Classifies 32x32 RGB images into the ten classes of CIFAR-10. Takes raw pixels in 0-255; preprocessing is inside.
+
+- Data: **{data}**, dataset `{manifest.dataset_id}` ({counts} images), source {manifest.source}
+- Weights at the start: **{weights}**
+
+| figure | value |
+|---|---|
+{figures}
+
+Recipe:
+
+```json
+{json.dumps(dict(recipe), indent=2, default=str)}
+```
+
+Limits: anything that is not one of the ten classes gets one of them all the same; images far from CIFAR-10's
+(other sizes are scaled to 32x32) are answered with less accuracy than these figures say.
+"""
+
+
+def _check(exported: ExportedFiles, metrics: Mapping[str, float], reference: Path, input_example: np.ndarray) -> None:
+    fix = "nothing was registered; train again."
+    for path in (exported.onnx, exported.keras, reference):
+        if not path.is_file():
+            raise ModelInvalid(f"A version needs the file {path}, which is not there.", fix=fix)
+    accuracy = metrics.get(VALIDATION_ACCURACY)
+    if accuracy is None or not 0 <= accuracy <= 1:
+        raise ModelInvalid(f"A version needs a {VALIDATION_ACCURACY} in 0-1, not {accuracy!r}.", fix=fix)
+    try:
+        session = onnxruntime.InferenceSession(str(exported.onnx), providers=["CPUExecutionProvider"])
+        given = session.get_inputs()[0]
+        dtype = np.uint8 if given.type == "tensor(uint8)" else np.float32
+        answer = session.run(None, {given.name: input_example.astype(dtype)})[0]
+    except _ORT_ERRORS as error:
+        raise ModelInvalid(f"ONNX Runtime cannot run {exported.onnx}: {error}.", fix=fix) from error
+    right = answer.shape == (len(input_example), NUM_CLASSES) and np.allclose(answer.sum(axis=1), 1, atol=1e-3)
+    if not right:
+        raise ModelInvalid(
+            f"The ONNX file answers {len(input_example)} images with {answer.shape}, first row {answer[0]}: "
+            f"not probabilities of {NUM_CLASSES} classes.",
+            fix=fix,
+        )
+
+
+def _stage(sources: Mapping[str, Path], card: str, folder: Path) -> dict[str, str]:
+    """Puts the files under their fixed names, which MLflow keeps."""
+    folder.mkdir(parents=True)
+    staged = {}
+    for name, source in sources.items():
+        shutil.copyfile(source, folder / name)
+        staged[name] = str(folder / name)
+    (folder / versions.CARD_FILE).write_text(card)
+    staged[versions.CARD_FILE] = str(folder / versions.CARD_FILE)
+    return staged
+
+
+def _create(
+    run: Run,
+    *,
+    artifacts: Mapping[str, str],
+    input_example: np.ndarray,
+    architecture: str,
+    tags: Mapping[str, str],
+    folder: Path,
+) -> MlflowVersion:
+    """Uploads the model and creates the version, in steps each of which may be repeated."""
+
+    # Not mlflow.pyfunc.log_model: it works on the process-wide tracking address and run, repeats nothing after an
+    # outage, and starts the model in a scoring server to validate the example.
+    def logged_model() -> str:
+        with asking(run.tracking_uri):
+            info = run.client.get_run(run.id).info
+            model = run.client.create_logged_model(
+                info.experiment_id, name=architecture, source_run_id=run.id, tags={"architecture": architecture}
+            )
+            return str(model.model_id)
+
+    model_id = patiently(logged_model, what="Announcing the model", seconds=run.patience_seconds)
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        python_model=str(_MODEL_CODE),
+        artifacts=dict(artifacts),
+        signature=ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *IMAGE_SHAPE))]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, NUM_CLASSES))]),
+        ),
+        input_example=np.asarray(input_example[:2], dtype=np.float32),
+        # Given, or MLflow would load the model in a process of its own to find out.
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", "onnxruntime", "numpy")],
+        mlflow_model=Model(run_id=run.id, model_uuid=model_id, model_id=model_id),
+    )
+
+    def upload() -> None:
+        with asking(run.tracking_uri, BULK):
+            run.client.log_model_artifacts(model_id, str(folder))
+            run.client.finalize_logged_model(model_id, "READY")
+            run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step=0)])
+
+    patiently(upload, what="Uploading the model", seconds=run.patience_seconds)
+
+    def version() -> MlflowVersion:
+        with asking(run.tracking_uri):
+            try:
+                run.client.create_registered_model(versions.MODEL_NAME)
+            except mlflow.MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # The answer to an earlier attempt may have been lost after the version was made.
+            for item in run.client.search_model_versions(f"run_id = '{run.id}'"):
+                if item.tags.get(_TAG_LOGGED_MODEL) == model_id:
+                    return item
+            return run.client.create_model_version(
+                versions.MODEL_NAME,
+                f"models:/{model_id}",
+                run_id=run.id,
+                tags={**tags, _TAG_LOGGED_MODEL: model_id},
+                model_id=model_id,
+                await_creation_for=0,
+            )
+
+    created = patiently(version, what="Creating the version", seconds=run.patience_seconds)
+    if created.status not in ("READY", "PENDING_REGISTRATION"):
+        raise RegistryError(
+            f"MLflow could not register the model: {created.status_message or created.status}.",
+            fix="see the log of the MLflow server, then train again.",
+        )
+    return created

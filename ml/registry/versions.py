@@ -1,0 +1,293 @@
+"""The model registry as the server, the gate and the monitor see it: versions, aliases, tags and files.
+
+Imports nothing beyond mlflow-skinny, so that the prediction server needs no more. Making a version is
+`ml.registry.packaging`'s; deciding which one serves is `ml.workflows.promote`'s.
+
+A version's files, here and in MLflow:
+
+    MLmodel, code/, requirements.txt ...   what `mlflow models serve` needs
+    artifacts/model.onnx                   what is served and scored
+    artifacts/model.keras                  what training goes on from
+    artifacts/reference.parquet            held-out predictions that drift is measured against
+    artifacts/card.md                      what it is, in words
+"""
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+
+from ml.errors import ModelInvalid, ModelNotFound, RegistryError, RegistryUnavailable, StorageError
+from ml.registry.connection import BULK, asking
+
+logger = logging.getLogger(__name__)
+
+MODEL_NAME = "cifar10-classifier"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+
+ONNX_FILE, KERAS_FILE, REFERENCE_FILE, CARD_FILE = "model.onnx", "model.keras", "reference.parquet", "card.md"
+MODEL_FILES = (ONNX_FILE, KERAS_FILE, REFERENCE_FILE, CARD_FILE)
+"""Names under a version's artifacts/."""
+
+TAG_ARCHITECTURE, TAG_DATASET, TAG_DATA, TAG_WEIGHTS = "architecture", "dataset_id", "data", "weights"
+TAG_DECISION, TAG_REASON = "gate.decision", "gate.reason"
+PENDING, PROMOTED, REFUSED = "pending", "promoted", "refused"
+
+
+def checksum_tag(file: str) -> str:
+    """The tag that holds the SHA-256 of one of a version's files."""
+    return f"sha256.{file}"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One version of a registered model, as it stood when it was asked for."""
+
+    name: str
+    version: int
+    run_id: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str] = field(repr=False)
+    created_at: datetime
+
+    @property
+    def architecture(self) -> str:
+        """`baseline` or `vgg16`."""
+        return self.tags.get(TAG_ARCHITECTURE, "")
+
+    @property
+    def dataset_id(self) -> str:
+        """The dataset that it was trained on."""
+        return self.tags.get(TAG_DATASET, "")
+
+    @property
+    def data(self) -> str:
+        """`cifar-10` or `SYNTHETIC`, the word shown to users."""
+        return self.tags.get(TAG_DATA, "")
+
+    @property
+    def weights(self) -> str:
+        """What it started from."""
+        return self.tags.get(TAG_WEIGHTS, "")
+
+    @property
+    def decision(self) -> str:
+        """`pending`, `promoted` or `refused`; empty where the gate knows nothing of it."""
+        return self.tags.get(TAG_DECISION, "")
+
+    def figure(self, tag: str) -> float | None:
+        """A tag's value as a number; None where there is none or it is not a number."""
+        try:
+            return float(self.tags[tag])
+        except (KeyError, ValueError):
+            return None
+
+
+class Registry:
+    """The versions of one registered model at one MLflow server. Holds no state; threads may share it.
+
+    Every method raises RegistryUnavailable, within ten seconds, where MLflow could not be asked; that says nothing of
+    what it would have answered. Only `fetch`, which moves files, may take longer.
+    """
+
+    def __init__(self, tracking_uri: str, name: str = MODEL_NAME) -> None:
+        self.tracking_uri = tracking_uri
+        self.name = name
+        with asking(tracking_uri):
+            self._client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+    def by_alias(self, alias: str) -> ModelVersion | None:
+        """The version that bears `alias`; None where MLflow answered that there is none."""
+        try:
+            with asking(self.tracking_uri):
+                return _version(self._client.get_model_version_by_alias(self.name, alias))
+        except ModelNotFound:
+            return None
+        except RegistryError:
+            # MLflow reports a missing alias as an invalid parameter, as it does other things: ask what it has.
+            if alias in self._aliases():
+                raise
+            return None
+
+    def by_version(self, version: int) -> ModelVersion:
+        """One version by its number.
+
+        Raises:
+            ModelNotFound: where there is none of that number.
+        """
+        with asking(self.tracking_uri):
+            return _version(self._client.get_model_version(self.name, str(version)))
+
+    def versions(self, dataset_id: str | None = None, decision: str | None = None) -> list[ModelVersion]:
+        """All versions, newest first; of one dataset, of one decision, where given. Empty where there is none."""
+        found: list[ModelVersion] = []
+        token: str | None = None
+        while True:
+            with asking(self.tracking_uri):
+                page = self._client.search_model_versions(f"name = '{self.name}'", max_results=500, page_token=token)
+            found += [_version(item) for item in page]
+            token = page.token
+            if not token:
+                break
+        chosen = [
+            item
+            for item in found
+            if (dataset_id is None or item.dataset_id == dataset_id) and (decision is None or item.decision == decision)
+        ]
+        return sorted(chosen, key=lambda item: item.version, reverse=True)
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Points `alias` at `version`, wherever it pointed before."""
+        with asking(self.tracking_uri):
+            self._client.set_registered_model_alias(self.name, alias, str(version))
+
+    def delete_alias(self, alias: str) -> None:
+        """Takes `alias` away. Without effect where there is none."""
+        try:
+            with asking(self.tracking_uri):
+                self._client.delete_registered_model_alias(self.name, alias)
+        except ModelNotFound:
+            return
+
+    def set_tags(self, version: int, tags: Mapping[str, object]) -> None:
+        """Writes tags on a version, replacing those of the same key."""
+        for key, value in tags.items():
+            with asking(self.tracking_uri):
+                self._client.set_model_version_tag(self.name, str(version), key, str(value))
+
+    def model_tag(self, key: str) -> str | None:
+        """A tag of the registered model as a whole; None where there is none."""
+        try:
+            with asking(self.tracking_uri):
+                tags: Mapping[str, str] = self._client.get_registered_model(self.name).tags
+        except ModelNotFound:
+            return None
+        return tags.get(key)
+
+    def set_model_tag(self, key: str, value: str) -> None:
+        """Writes a tag on the registered model as a whole."""
+        with asking(self.tracking_uri):
+            self._client.set_registered_model_tag(self.name, key, value)
+
+    def delete_model_tag(self, key: str) -> None:
+        """Takes a tag of the registered model away."""
+        with asking(self.tracking_uri):
+            self._client.delete_registered_model_tag(self.name, key)
+
+    def fetch(self, version: ModelVersion | int, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
+        """Brings a version's files into `cache_dir`/models/<name>/<version>/artifacts/ and returns <version>'s folder.
+
+        A file that lies there with the right SHA-256 is not asked for again, so `cache_dir` may hold a server's ONNX
+        file alone and be completed later. Each file appears whole and verified, or not at all.
+
+        Args:
+            version: which one.
+            cache_dir: a folder of the caller's; made where there is none.
+            files: names out of `MODEL_FILES`.
+
+        Raises:
+            ModelNotFound: where there is no such version.
+            ModelInvalid: a file is missing, or is not the one that was registered.
+            StorageError: `cache_dir` cannot be written.
+        """
+        wanted = self.by_version(version) if isinstance(version, int) else version
+        folder = cache_dir / "models" / wanted.name / str(wanted.version)
+        target = folder / "artifacts"
+        missing = [file for file in files if not _holds(target / file, self._checksum(wanted, file))]
+        if not missing:
+            return folder
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            # On the same file system as the target, so that the move at the end is one step.
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+                for file in missing:
+                    self._download(wanted, file, Path(partial), target)
+        except RegistryUnavailable:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"The files of {wanted.name} version {wanted.version} could not be kept in {folder}: {error}.",
+                fix="make room there, or see that the folder may be written.",
+            ) from error
+        return folder
+
+    def _aliases(self) -> Mapping[str, str]:
+        try:
+            with asking(self.tracking_uri):
+                aliases: Mapping[str, str] = self._client.get_registered_model(self.name).aliases
+        except ModelNotFound:
+            return {}
+        return aliases
+
+    def _checksum(self, version: ModelVersion, file: str) -> str:
+        try:
+            return version.tags[checksum_tag(file)]
+        except KeyError:
+            raise ModelInvalid(
+                f"{version.name} version {version.version} has no record of a file {file}.",
+                fix="it was registered by something else: register models with `cifar10 train`.",
+            ) from None
+
+    def _download(self, version: ModelVersion, file: str, partial: Path, target: Path) -> None:
+        logger.info("Fetching %s of %s version %d", file, version.name, version.version)
+        with asking(self.tracking_uri):
+            root = self._client.get_model_version_download_uri(version.name, str(version.version))
+        try:
+            with asking(self.tracking_uri, BULK):
+                mlflow.artifacts.download_artifacts(
+                    artifact_uri=f"{root}/artifacts/{file}", dst_path=str(partial), tracking_uri=self.tracking_uri
+                )
+        except (RegistryUnavailable, RegistryError) as error:
+            # MLflow reports a file that is gone and a server that is gone alike: ask what is there.
+            if self._stands(f"{root}/artifacts", file):
+                raise
+            raise self._invalid(version, f"has lost its file {file}") from error
+        if not _holds(partial / file, self._checksum(version, file)):
+            raise self._invalid(version, f"has another {file} than the one that was registered (SHA-256 differs)")
+        (partial / file).replace(target / file)
+
+    def _stands(self, folder_uri: str, file: str) -> bool:
+        with asking(self.tracking_uri):
+            listed = mlflow.artifacts.list_artifacts(artifact_uri=folder_uri, tracking_uri=self.tracking_uri)
+        return any(Path(item.path).name == file for item in listed)
+
+    @staticmethod
+    def _invalid(version: ModelVersion, what: str) -> ModelInvalid:
+        return ModelInvalid(
+            f"{version.name} version {version.version} {what}.",
+            fix="train and register it anew; `cifar10 rollback` restores the previous champion if this one serves.",
+        )
+
+
+def _holds(path: Path, checksum: str) -> bool:
+    return path.is_file() and sha256(path) == checksum
+
+
+def _version(item: MlflowVersion) -> ModelVersion:
+    return ModelVersion(
+        name=item.name,
+        version=int(item.version),
+        run_id=item.run_id or "",
+        aliases=tuple(sorted(item.aliases)),
+        tags=dict(item.tags),
+        created_at=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
+    )
+
+
+def discard(version: ModelVersion, cache_dir: Path) -> None:
+    """Removes a version's fetched files from `cache_dir`. Without effect where there are none."""
+    shutil.rmtree(cache_dir / "models" / version.name / str(version.version), ignore_errors=True)
