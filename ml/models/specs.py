@@ -1,0 +1,40 @@
+"""What a model is made of, as plain frozen values; owns the names of the architectures. Building is the catalog's.
+
+Nothing here imports TensorFlow, so that reading a recipe costs milliseconds.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Architecture = Literal["baseline", "vgg16"]
+ARCHITECTURES: tuple[Architecture, ...] = ("baseline", "vgg16")
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class BaselineSpec(BaseModel):
+    """The CNN trained from nothing. Each block is its convolutions, a max pooling and a dropout."""
+
+    model_config = _STRICT
+
+    # TOML and JSON know lists, not tuples: the sequence is lenient, its numbers are not.
+    filters: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = Field(
+        (32, 64, 128), min_length=1, max_length=5, strict=False
+    )
+    """Filters of each block, at least one each. Every block halves the side, so five is the most that 32 pixels allow."""
+    convolutions_per_block: int = Field(1, ge=1, le=4)
+    block_dropout: float = Field(0.2, ge=0, lt=1)
+    dense_units: int = Field(128, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    batch_norm_momentum: float = Field(0.99, ge=0, lt=1)
+    """Share of the old moving statistics that a step keeps. Short trainings need less than Keras' 0.99."""
+
+
+class Vgg16Spec(BaseModel):
+    """The new dense layers on VGG16's convolutional base; the base itself is fixed by the paper."""
+
+    model_config = _STRICT
+
+    dense_units: int = Field(256, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)

@@ -1,0 +1,75 @@
+"""VGG16 for 32x32 images: its own preprocessing, Keras' convolutional base, new dense layers.
+
+Owns the graph and the loading of weights into it; where a weights file comes from is `vgg16_weights`, and what is
+frozen when is `ml.training.fine_tuning`.
+"""
+
+import keras
+import numpy as np
+from keras import layers
+
+from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
+from ml.models.specs import Vgg16Spec
+from ml.models.vgg16_weights import Weights, load_into
+
+BASE_LAYERS: tuple[str, ...] = tuple(
+    name
+    for block, convolutions in enumerate((2, 2, 3, 3, 3), start=1)
+    for name in (*(f"block{block}_conv{i}" for i in range(1, convolutions + 1)), f"block{block}_pool")
+)
+"""Names of the base's layers in order, as Keras gives them."""
+TOP_LAYERS: tuple[str, ...] = BASE_LAYERS[-4:]
+"""What stage 2 unfreezes: block5_conv1..3 and block5_pool."""
+IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)
+"""Per-channel mean of ImageNet, blue first (keras.applications.imagenet_utils, mode "caffe")."""
+
+
+def build_vgg16(spec: Vgg16Spec, weights: Weights) -> keras.Model:
+    """The base with `weights` and an untrained head: raw RGB 0-255 (n, 32, 32, 3) -> (n, 10) float32 probabilities.
+
+    The base's layers stand in the model itself, not in a nested one, so that any of them can be where a frozen
+    prefix ends.
+
+    Raises:
+        SourceError: the weights' file is not one of VGG16's base.
+    """
+    base = keras.applications.VGG16(include_top=False, weights=None, input_shape=IMAGE_SHAPE)
+    image = keras.Input(IMAGE_SHAPE, name="image", dtype="float32")
+    preprocessing = _preprocessing()
+    x = preprocessing(image)
+    for name in BASE_LAYERS:
+        x = base.get_layer(name)(x)
+    if weights.path is None:
+        _initialise(base)
+    else:
+        load_into(base, weights.path)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.Dense(spec.dense_units, activation="relu", kernel_initializer="he_normal", name="dense")(x)
+    x = layers.Dropout(spec.dropout, name="dropout")(x)
+    model = keras.Model(image, layers.Dense(NUM_CLASSES, activation="softmax", name="probabilities")(x), name="vgg16")
+    preprocessing.set_weights(
+        [np.eye(3, dtype=np.float32)[::-1].reshape(1, 1, 3, 3), -np.asarray(IMAGENET_MEAN_BGR, dtype=np.float32)]
+    )
+    return model
+
+
+def _preprocessing() -> layers.Layer:
+    """RGB -> BGR minus ImageNet's mean, as a frozen 1x1 convolution.
+
+    A standard layer with weights: it travels with the model, loads in Keras' safe mode without custom objects, and
+    is one node of the ONNX graph.
+    """
+    return layers.Conv2D(3, 1, trainable=False, name="rgb_to_centred_bgr")
+
+
+def _initialise(base: keras.Model) -> None:
+    """He initialisation (He et al. 2015), so that thirteen plain layers with ReLU pass a signal on at all.
+
+    Keras' default (Glorot) halves the variance at each ReLU: by the thirteenth layer 1/8192 of it is left. The first
+    layer also takes the pixels' scale (about 64 around the mean) down to one.
+    """
+    for index, layer in enumerate(layer for layer in base.layers if isinstance(layer, layers.Conv2D)):
+        kernel, bias = layer.get_weights()
+        # Seeded by Keras' global seed, through the backend's random generator.
+        new = keras.ops.convert_to_numpy(keras.initializers.HeNormal()(kernel.shape))
+        layer.set_weights([new / 64 if index == 0 else new, np.zeros_like(bias)])
