@@ -1,0 +1,1 @@
+"""Datasets: where images come from, whether they can be used, how they are split, stored and looked at."""
