@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from ml.datasets.labels import NUM_CLASSES
 from ml.errors import ModelInvalid, StorageError
+from ml.monitoring.image_statistics import STATISTIC_NAMES
 
-STATISTIC_NAMES: tuple[str, ...] = ("brightness", "contrast", "sharpness", "saturation", "noise")
 PROBABILITY_NAMES: tuple[str, ...] = tuple(f"p_{class_id}" for class_id in range(NUM_CLASSES))
 COLUMNS: tuple[str, ...] = ("label", "predicted", *PROBABILITY_NAMES, *STATISTIC_NAMES)
 
