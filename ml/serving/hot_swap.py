@@ -1,0 +1,282 @@
+"""Follows the champion: looks who it is, loads it beside the one that serves, swaps between two requests.
+
+Owns the model that answers, and the promise that a model is never replaced by one that does not work. Where models
+come from is behind `ChampionSource`; HTTP and metrics read `current()` and `state()`.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ml.errors import CifarError, ModelInvalid, ModelNotFound, RegistryUnavailable, ServiceUnavailable, StorageError
+from ml.serving.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+ALIAS = "champion"
+RETRY_SECONDS = 2
+"""What a client is told to wait for a model to appear: one poll."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """Who bears the alias. `data` is "cifar-10" or "SYNTHETIC"; `weights` says what training started from."""
+
+    name: str
+    version: int
+    data: str
+    architecture: str = ""
+    weights: str = ""
+
+
+class ChampionSource(Protocol):
+    """A registry, as far as serving needs one."""
+
+    def champion(self) -> Champion | None:
+        """Who it is; None where the registry says that there is none. RegistryUnavailable where it cannot be asked."""
+
+    def fetch(self, champion: Champion) -> Path:
+        """Path of its ONNX file on this machine. RegistryUnavailable, RegistryError or StorageError where it fails."""
+
+
+class Predictor(Protocol):
+    """What answers: `ml.serving.engine.Engine`, or something that batches before one."""
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (n, 32, 32, 3) -> float32 (n, 10)."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A champion that is ready to predict, and since when."""
+
+    engine: Predictor
+    name: str
+    version: int
+    alias: str
+    data: str
+    architecture: str
+    weights: str
+    loaded_at: datetime
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The latest thing that went wrong and has not been mended since. `version` None: the question itself failed.
+
+    `message` is for clients: it names no address and no path; those are in the log.
+    """
+
+    at: datetime
+    version: int | None
+    message: str
+
+
+@dataclass(frozen=True)
+class FollowerState:
+    """What the follower has done so far; `swaps` counts the first load too."""
+
+    model: LoadedModel | None
+    failure: Failure | None
+    swaps: int
+    failed_swaps: int
+
+
+class ChampionFollower:
+    """Keeps the champion loaded.
+
+    A version that cannot be used is tried again after `again_after` seconds, so that a broken one is not downloaded at
+    every poll. Whatever fails, the model that serves goes on. Where the registry is away at the start, the champion
+    that this machine served last is loaded from `cache_dir`; where it answers that there is none, nothing is.
+
+    Args:
+        source: whom to ask.
+        cache_dir: a folder of the server's own; remembers the last good champion.
+        every: seconds between two looks.
+        again_after: seconds before a version that failed is tried again.
+        load: makes a predictor of an ONNX file; raises ModelInvalid where it is not one.
+    """
+
+    def __init__(
+        self,
+        source: ChampionSource,
+        cache_dir: Path,
+        *,
+        every: float = 2.0,
+        again_after: float = 60.0,
+        load: Callable[[Path], Predictor] = Engine,
+    ) -> None:
+        self._source = source
+        self._memory = cache_dir / "serving" / "last_champion.json"
+        self._every = every
+        self._again_after = again_after
+        self._load = load
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+        # One reference, replaced whole: readers need no lock, and a request keeps the model that it began with.
+        self._state = FollowerState(model=None, failure=None, swaps=0, failed_swaps=0)
+        self._refused: tuple[Champion, float] | None = None
+        self._recalled = False
+
+    def current(self) -> LoadedModel:
+        """The model that answers now. Take it once per request, so that the reply's version is the one that predicted.
+
+        Raises:
+            ServiceUnavailable: when none is loaded.
+        """
+        state = self._state
+        if state.model is not None:
+            return state.model
+        if state.failure is None:
+            raise ServiceUnavailable("The model is being loaded.", fix="try again in a few seconds.")
+        raise ServiceUnavailable(
+            f"No model is loaded. {state.failure.message}",
+            fix="mend that; the server looks again by itself every few seconds.",
+        )
+
+    def state(self) -> FollowerState:
+        """What has happened so far."""
+        return self._state
+
+    def start(self) -> None:
+        """Starts to follow in a background thread. Returns at once; `current` raises until a model is loaded."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="champion-follower", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stops following; the loaded model goes on answering."""
+        self._ending.set()
+        if self._thread is not None:
+            self._thread.join(1)
+
+    def poll(self) -> None:
+        """Looks once and swaps where the champion is another one. Called by the thread; a test may call it itself."""
+        try:
+            champion = self._source.champion()
+        except RegistryUnavailable as error:
+            self._fail(error)
+            if not self._recalled and self._state.model is None:
+                self._recalled = True
+                self._recall()
+            return
+        if champion is None:
+            self._nobody()
+        elif self._is_serving(champion):
+            if self._state.failure is not None:
+                logger.info("%s version %d is the champion and serves.", champion.name, champion.version)
+                self._state = replace(self._state, failure=None)
+        elif not self._was_refused(champion):
+            self._swap_to(champion)
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            self.poll()
+            self._ending.wait(self._every)
+
+    def _is_serving(self, champion: Champion) -> bool:
+        model = self._state.model
+        return model is not None and (model.name, model.version) == (champion.name, champion.version)
+
+    def _was_refused(self, champion: Champion) -> bool:
+        return (
+            self._refused is not None
+            and self._refused[0] == champion
+            and time.monotonic() - self._refused[1] < self._again_after
+        )
+
+    def _nobody(self) -> None:
+        serving = self._state.model
+        self._fail(
+            ModelNotFound(
+                f"The registry has no version with the alias {ALIAS!r}"
+                + (f"; version {serving.version} goes on serving." if serving else "."),
+                fix="train and promote one: `cifar10 train baseline`, then `cifar10 promote`.",
+            )
+        )
+
+    def _swap_to(self, champion: Champion) -> None:
+        try:
+            path = self._source.fetch(champion)
+            engine = self._load(path)
+        except CifarError as error:
+            # A registry that went away in between may be back at the next look; a broken version stays broken.
+            if not isinstance(error, ServiceUnavailable):
+                self._refused = (champion, time.monotonic())
+            self._fail(error, champion.version)
+            return
+        self._take(champion, engine)
+        self._remember(champion, path)
+
+    def _take(self, champion: Champion, engine: Predictor) -> None:
+        before = self._state.model
+        model = LoadedModel(
+            engine=engine,
+            name=champion.name,
+            version=champion.version,
+            alias=ALIAS,
+            data=champion.data,
+            architecture=champion.architecture,
+            weights=champion.weights,
+            loaded_at=datetime.now(UTC),
+        )
+        self._refused = None
+        self._state = FollowerState(model, None, self._state.swaps + 1, self._state.failed_swaps)
+        instead = f", instead of version {before.version}" if before else ""
+        logger.info("%s version %d (%s) serves now%s.", model.name, model.version, model.data, instead)
+
+    def _fail(self, error: CifarError, version: int | None = None) -> None:
+        failure = Failure(datetime.now(UTC), version, _for_clients(error))
+        last = self._state.failure
+        if last is None or (last.version, last.message) != (failure.version, failure.message):
+            logger.warning("Champion: %s", error)
+        failed_swaps = self._state.failed_swaps + (version is not None)
+        self._state = replace(self._state, failure=failure, failed_swaps=failed_swaps)
+
+    def _remember(self, champion: Champion, path: Path) -> None:
+        try:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._memory.with_suffix(".new")
+            fresh.write_text(json.dumps({**asdict(champion), "path": str(path)}))
+            fresh.replace(self._memory)
+        except OSError as error:
+            logger.warning("The champion cannot be remembered for a start without a registry: %s", error)
+
+    def _recall(self) -> None:
+        """Loads the champion that this machine served last; leaves the failure standing, since it may be outdated."""
+        failure = self._state.failure
+        try:
+            stored = json.loads(self._memory.read_text())
+            path = Path(stored.pop("path"))
+            champion = Champion(**stored)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning("The last champion's record in %s cannot be used: %s", self._memory, error)
+            return
+        try:
+            engine = self._load(path)
+        except ModelInvalid as error:
+            logger.warning("The last champion cannot be used: %s", error)
+            return
+        logger.warning("The registry is away: the last champion is taken from the cache.")
+        self._take(champion, engine)
+        self._state = replace(self._state, failure=failure)
+
+
+def _for_clients(error: CifarError) -> str:
+    if isinstance(error, (ModelInvalid, ModelNotFound)):
+        return str(error)  # speaks of versions and of file names alone
+    if isinstance(error, RegistryUnavailable):
+        return "The model registry could not be asked."
+    if isinstance(error, StorageError):
+        return "The model's files could not be kept on the server's disk."
+    return "The model registry refused to hand out the model."
