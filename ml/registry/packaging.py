@@ -30,7 +30,7 @@ from ml.registry.tracking import Run
 from ml.registry.versions import ModelVersion, Registry
 
 if TYPE_CHECKING:
-    from ml.datasets.store import Manifest
+    from ml.datasets.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ml.registry.provenance import as_tags
 from ml.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
-    from ml.datasets.store import Manifest
+    from ml.datasets.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -14,7 +14,6 @@ A version's files, here and in MLflow:
 
 import hashlib
 import logging
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -286,8 +285,3 @@ def _version(item: MlflowVersion) -> ModelVersion:
         tags=dict(item.tags),
         created_at=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
     )
-
-
-def discard(version: ModelVersion, cache_dir: Path) -> None:
-    """Removes a version's fetched files from `cache_dir`. Without effect where there are none."""
-    shutil.rmtree(cache_dir / "models" / version.name / str(version.version), ignore_errors=True)
