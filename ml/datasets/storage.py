@@ -107,6 +107,18 @@ class Storage:
         """
         return sorted(name for name in self._folders(path) if self.committed(f"{path}/{name}"))
 
+    def files(self, path: str) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each file directly under a folder.
+
+        Raises:
+            StorageError: the store could not be asked.
+        """
+        try:
+            for full in sorted(self.fs.find(self._full(path), maxdepth=1)):
+                yield full.rpartition("/")[2], self.fs.cat_file(full)
+        except OSError as error:
+            raise refused(error, self.url(path), "read") from error
+
     @contextmanager
     def commit(self, target: str) -> Iterator[FolderWriter]:
         """Writes the folder `target`: what the block wrote appears when the block wrote MARKER and ended well.
