@@ -1,0 +1,70 @@
+"""Registers tiny versions in a real MLflow, for tests of what uses the registry. No TensorFlow."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from ml.datasets.manifest import Manifest
+from ml.datasets.store import write_dataset
+from ml.datasets.synthetic import generate
+from ml.registry import tracking
+from ml.registry.packaging import register
+from ml.registry.versions import MODEL_NAME, ModelVersion
+from ml.settings import Settings
+from tests.tiny_models import make_onnx
+
+
+@dataclass(frozen=True)
+class Files:
+    """Stands for ml.training.export.ExportedModel."""
+
+    keras: Path
+    onnx: Path
+
+
+def small_dataset(settings: Settings, *, train: int = 200, test: int = 200, seed: int = 0) -> Manifest:
+    """A stored SYNTHETIC dataset of a few hundred images."""
+    return write_dataset(generate(train=train, test=test, seed=seed), settings.data_url)
+
+
+def register_tiny(
+    settings: Settings,
+    manifest: Manifest,
+    work: Path,
+    *,
+    model: Mapping[str, object] | None = None,
+    validation_accuracy: float = 0.5,
+    architecture: str = "baseline",
+) -> ModelVersion:
+    """One more version: `model` are keyword arguments of `make_onnx`."""
+    work.mkdir(parents=True, exist_ok=True)
+    files = Files(work / "trained.keras", make_onnx(work / "trained.onnx", **(model or {})))  # type: ignore[arg-type]
+    files.keras.write_bytes(b"stands for a Keras file")
+    reference = work / "reference.parquet"
+    reference.write_bytes(b"stands for a reference")
+    with tracking.run(settings, f"tiny-{architecture}") as run:
+        return register(
+            run,
+            exported=files,
+            metrics={"validation_accuracy": validation_accuracy, "validation_loss": 1.0},
+            recipe={"name": "tiny", "seed": 1},
+            manifest=manifest,
+            weights="RANDOM WEIGHTS",
+            reference=reference,
+            input_example=np.zeros((2, 32, 32, 3), dtype=np.uint8),
+            data=manifest.data,
+            architecture=architecture,
+        )
+
+
+def empty_registry(tracking_uri: str) -> None:
+    """Deletes the registered model, so that a test begins with none. Its version numbers start again at 1."""
+    try:
+        MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri).delete_registered_model(MODEL_NAME)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
