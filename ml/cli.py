@@ -105,10 +105,11 @@ def ingest(
         from ml.workflows import ingest as workflow
 
         result = workflow.ingest(settings, source)
+        dataset_id = str(result["dataset_id"])
         if csv:
-            result["csv"] = workflow.export_csv(settings, result["dataset_id"])
+            result["csv"] = workflow.export_csv(settings, dataset_id)
         if explore:
-            result["exploration"] = workflow.explore(settings, result["dataset_id"])
+            result["exploration"] = workflow.explore(settings, dataset_id)
         return result
 
     _run(work, as_json=as_json)
@@ -245,7 +246,7 @@ def demo(as_json: AsJson = False) -> None:
     """Start the stack and run the whole loop once: ingest, train, promote, serve, drift, retrain."""
 
     def work(settings: Settings) -> dict[str, Any]:
-        from ml.demo import demo as workflow
+        from ml.demo.loop import demo as workflow
 
         return workflow(settings)
 

@@ -1,9 +1,9 @@
 """A small client of Airflow's REST API: what the stack and the demo ask of it, as a user would."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -72,41 +72,45 @@ class AirflowApi:
         found = self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns?order_by=-run_after&limit=50")
         return [_dag_run(run) for run in found["dag_runs"]]
 
-    def run(self, dag_id: str, run_id: str) -> DagRun:
-        """One run as it stands now."""
-        return _dag_run(self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}"))
+    def run(self, run: DagRun) -> DagRun:
+        """A run as it stands now."""
+        return _dag_run(self._call("GET", _path(run)))
 
-    def result(self, dag_id: str, run_id: str, task_id: str) -> Any:
+    def result(self, run: DagRun, task_id: str) -> Any:
         """What a task returned."""
-        path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/return_value"
+        path = f"{_path(run)}/taskInstances/{task_id}/xcomEntries/return_value"
         return self._call("GET", f"{path}?deserialize=true")["value"]
 
-    def wait(self, run: DagRun, *, seconds: float) -> DagRun:
-        """Waits for a run to end.
+    def tasks(self, run: DagRun) -> dict[str, str]:
+        """The tasks of a run and the state of each ("none" before it is scheduled)."""
+        return {task["task_id"]: task["state"] or "none" for task in self._task_instances(run)}
+
+    def last_words(self, run: DagRun) -> str:
+        """The newest line that a running task has logged through `ml`; empty where there is none yet."""
+        for task in self._task_instances(run):
+            if task["state"] == "running" and task["try_number"]:
+                path = f"{_path(run)}/taskInstances/{task['task_id']}/logs/{task['try_number']}"
+                lines = self._call("GET", path)["content"]
+                spoken = [line for line in lines if isinstance(line, dict) and line.get("logger", "").startswith("ml.")]
+                if spoken:
+                    return str(spoken[-1]["event"])
+        return ""
+
+    def require_success(self, run: DagRun) -> None:
+        """Returns for a run that has succeeded.
 
         Raises:
-            ComponentFailed: when it failed, naming the tasks that did, or has not ended in time.
+            ComponentFailed: names the tasks that failed and where their logs are.
         """
-        deadline = time.monotonic() + seconds
-        while not (now := self.run(run.dag_id, run.run_id)).ended:
-            if time.monotonic() > deadline:
-                raise ComponentFailed(
-                    f"{run.dag_id} ({run.run_id}) had not ended after {seconds:.0f} s.",
-                    fix=f"see {self.base_url}/dags/{run.dag_id}/runs/{run.run_id}.",
-                )
-            time.sleep(1)
-        if now.state == "failed":
-            failed = ", ".join(self.failed_tasks(now)) or "no task"
+        if run.state != "success":
+            failed = [name for name, state in self.tasks(run).items() if state == "failed"]
             raise ComponentFailed(
-                f"{run.dag_id} failed in {failed}.",
+                f"{run.dag_id} {run.state} in {', '.join(failed) or 'no task'}.",
                 fix=f"read the task's log at {self.base_url}/dags/{run.dag_id}/runs/{run.run_id}.",
             )
-        return now
 
-    def failed_tasks(self, run: DagRun) -> list[str]:
-        """The tasks of a run that failed by themselves."""
-        found = self._call("GET", f"/api/v2/dags/{run.dag_id}/dagRuns/{run.run_id}/taskInstances")
-        return [task["task_id"] for task in found["task_instances"] if task["state"] == "failed"]
+    def _task_instances(self, run: DagRun) -> list[dict[str, Any]]:
+        return list(self._call("GET", f"{_path(run)}/taskInstances")["task_instances"])
 
     @retry(
         retry=retry_if_exception_type(OrchestratorUnavailable),
@@ -141,6 +145,10 @@ class AirflowApi:
             answer = self._http.post("/auth/token", json=self._login)
             self._token = answer.json()["access_token"] if answer.is_success else ""
         return self._http.request(method, path, json=body, headers={"Authorization": f"Bearer {self._token}"})
+
+
+def _path(run: DagRun) -> str:
+    return f"/api/v2/dags/{run.dag_id}/dagRuns/{quote(run.run_id, safe='')}"
 
 
 def _dag_run(found: Mapping[str, Any]) -> DagRun:

@@ -89,9 +89,10 @@ def units(settings: Settings, secrets: Secrets) -> list[Unit]:
         ensure_database(postgres, "mlflow", secrets.mlflow_database)
         migrate(ensure_database(postgres, "predictions", secrets.predictions_database))
 
-    def airflow(name: str, *arguments: str, ready: Callable[[], bool]) -> Service:
-        command = (*_module("airflow"), *arguments)
-        return Service(name, command, airflow_env, log / f"{name}.log", ready, after=("airflow-migrate",))
+    def airflow(part: str, *options: str, after: str, ready: Callable[[], bool]) -> Service:
+        name = f"airflow-{part}"
+        command = (*_module("airflow"), part, *options)
+        return Service(name, command, airflow_env, log / f"{name}.log", ready, after=(after,))
 
     return [
         Service(
@@ -110,19 +111,30 @@ def units(settings: Settings, secrets: Secrets) -> list[Unit]:
             lambda: _run((*_module("airflow"), "db", "migrate"), airflow_env, log / "airflow-migrate.log"),
             after=("databases",),
         ),
-        airflow("airflow-api-server", "api-server", ready=lambda: _answers(f"{addresses['airflow']}/api/v2/version")),
-        airflow("airflow-scheduler", "scheduler", "--skip-serve-logs", ready=lambda: api.is_healthy("scheduler")),
-        airflow("airflow-dag-processor", "dag-processor", ready=lambda: api.is_healthy("dag_processor")),
+        airflow(
+            "api-server", after="airflow-migrate", ready=lambda: _answers(f"{addresses['airflow']}/api/v2/version")
+        ),
+        # A task talks to the API server from its first moment, so the scheduler starts none before that answers.
+        airflow(
+            "scheduler",
+            "--skip-serve-logs",
+            after="airflow-api-server",
+            ready=lambda: api.is_healthy("scheduler"),
+        ),
+        airflow("dag-processor", after="airflow-migrate", ready=lambda: api.is_healthy("dag_processor")),
         Job("airflow-pool", lambda: _make_pool(api), after=("airflow-api-server",)),
         Service(
             name="mlflow",
             command=(
                 *(*_module("mlflow"), "server", "--workers", "1"),
                 *("--host", LOOPBACK, "--port", str(settings.mlflow_port)),
-                *("--backend-store-uri", postgres.url("mlflow", user="mlflow", password=secrets.mlflow_database)),
                 *("--serve-artifacts", "--artifacts-destination", str(var / "artifacts")),
             ),
-            environment=base,
+            # Not on the command line, which every user of the machine can read.
+            environment=base
+            | {
+                "MLFLOW_BACKEND_STORE_URI": postgres.url("mlflow", user="mlflow", password=secrets.mlflow_database),
+            },
             log=log / "mlflow.log",
             ready=lambda: _answers(f"{addresses['mlflow']}/health"),
             after=("databases",),
@@ -141,7 +153,7 @@ def units(settings: Settings, secrets: Secrets) -> list[Unit]:
         Service(
             name="reports",
             command=(
-                *(*_module("evidently"), "ui", "--workspace", str(settings.reports_dir / "workspace")),
+                *(*_module("evidently.cli"), "ui", "--workspace", str(settings.reports_dir / "workspace")),
                 *("--host", LOOPBACK, "--port", str(settings.reports_port)),
             ),
             environment=base,

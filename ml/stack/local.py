@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from ml.errors import ComponentFailed, StackError
-from ml.settings import PROJECT_ROOT, Settings, stack_env_file
+from ml.settings import PROJECT_ROOT, Settings, load_settings, stack_env_file
 from ml.stack import components
 from ml.stack.ports import require_free
 from ml.stack.secret_store import load_or_create, write_private, write_private_json
@@ -119,7 +119,7 @@ def down(settings: Settings) -> dict[str, Any]:
         with suppress(psutil.TimeoutExpired):
             supervisor.wait(STOP_PATIENCE_S)
     swept = sweep(settings)
-    left = _leftovers(settings)
+    left = processes(settings)
     if left:
         raise ComponentFailed(
             f"These processes of the stack did not end: {', '.join(str(p.pid) for p in left)}.", fix="kill them."
@@ -141,14 +141,20 @@ def status(settings: Settings) -> dict[str, Any]:
 
 def sweep(settings: Settings) -> int:
     """Ends what a supervisor that was killed left running; returns how many processes that were."""
-    left = _leftovers(settings)
+    left = processes(settings)
     kill_all(left)
     with suppress(FileNotFoundError):
         _state_path(settings).unlink()
     return len(left)
 
 
-def _leftovers(settings: Settings) -> list[psutil.Process]:
+def settings_of_running(settings: Settings) -> Settings:
+    """The settings with what the running stack wrote: the database's address above all."""
+    return load_settings(mlops_var_dir=settings.mlops_var_dir, mlops_allow_stand_in=settings.mlops_allow_stand_in)
+
+
+def processes(settings: Settings) -> list[psutil.Process]:
+    """Every process of the stack but the caller, its supervisor and the tasks that run in it included."""
     # Two traces: the environment's mark, which some programs overwrite when they rename themselves, and the process
     # groups in the state file.
     units = _read_state(settings).get("units", {}).values()

@@ -30,7 +30,7 @@ def load_or_create(folder: Path) -> Secrets:
     if path.exists():
         return Secrets.model_validate_json(path.read_text())
     made = Secrets(
-        **{name: secrets.token_urlsafe(24) for name in Secrets.model_fields if name != "airflow_fernet"},
+        **{name: secrets.token_urlsafe(48) for name in Secrets.model_fields if name != "airflow_fernet"},
         airflow_fernet=base64.urlsafe_b64encode(os.urandom(32)).decode(),
     )
     write_private(path, made.model_dump_json(indent=2))

@@ -145,7 +145,7 @@ class Supervisor:
             else:
                 self._run_service(unit)
         except (CifarError, OSError, subprocess.SubprocessError) as error:
-            self._set(unit.name, "failed", detail=str(error))
+            self._set(unit.name, "failed", detail=error.message if isinstance(error, CifarError) else str(error))
 
     def _await_dependencies(self, unit: Unit) -> bool:
         with self._changed:

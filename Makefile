@@ -1,0 +1,51 @@
+# One folder, one Python 3.11, nothing else installed by hand. State lives in var/, the environment in .venv/.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install demo up down test check format bench clean requirements
+.DEFAULT_GOAL := help
+
+help: ## Say what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(INSTALLED) ## Make .venv from the hashed requirements
+
+$(INSTALLED): requirements/dev.txt requirements/uv.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("Python %d.%d was found, 3.11 is needed. Fix: install it, or name it: make PYTHON=/path/to/python3.11" % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED) ## The whole loop on this machine: ingest, train, promote, serve, drift, retrain
+	@$(BIN)/cifar10 demo
+
+up: $(INSTALLED) ## The local stack in the foreground; Ctrl-C stops all of it
+	@$(BIN)/cifar10 up
+
+down: $(INSTALLED) ## Stop the local stack
+	@$(BIN)/cifar10 down
+
+test: $(INSTALLED) ## All tests, quick ones first
+	$(PYTEST) tests/architecture tests/unit tests/model tests/dags tests/integration tests/browser tests/stack
+
+check: $(INSTALLED) ## Lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+requirements: $(INSTALLED) ## Compile pyproject.toml into hashed pins
+	PATH=$(CURDIR)/$(BIN):$$PATH requirements/compile
+
+clean: ## Stop the stack and remove its state (var/); .venv stays
+	@test ! -x $(BIN)/cifar10 || $(BIN)/cifar10 down
+	rm -rf var

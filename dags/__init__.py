@@ -1,0 +1,1 @@
+"""The DAG files. They declare only; what a task does lives in `ml.workflows`."""

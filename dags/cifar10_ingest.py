@@ -1,0 +1,70 @@
+"""### Ingest CIFAR-10
+
+Resolves the source, verifies every batch file, parses without trusting pickles, checks, splits by content, and writes
+a versioned dataset. The same input gives the same id and writes nothing. Both trainings follow by themselves.
+
+Then, beside the trainings: the CSV export, and the exploration page in MLflow (experiment `cifar10-exploration`).
+"""
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.sdk import Param, dag, task
+
+from dags.cifar10_shared import DATASET, RECIPE_PARAM, RETRIES, TEST_LIMIT_PARAM, attempt
+
+
+@dag(
+    dag_id="cifar10_ingest",
+    schedule=None,
+    max_active_runs=1,
+    doc_md=__doc__,
+    tags=["cifar10", "data"],
+    default_args=RETRIES,
+    params={
+        "source": Param(
+            None,
+            type=["null", "string"],
+            title="Source",
+            description="auto, synthetic, a URL, or a path of the tar.gz or its folder. Empty: CIFAR10_SOURCE.",
+        ),
+        "recipe": RECIPE_PARAM,
+        "test_limit": TEST_LIMIT_PARAM,
+        "export_csv": Param(True, type="boolean", title="Export CSV", description="About 60,000 rows, gzip."),
+    },
+)
+def cifar10_ingest() -> None:
+    @task(execution_timeout=timedelta(minutes=30), outlets=[DATASET])
+    def ingest(*, params: Any = None, outlet_events: Any = None) -> dict[str, Any]:
+        from ml.settings import load_settings
+        from ml.workflows import ingest as workflow
+
+        result = attempt(lambda: workflow.ingest(load_settings(), params["source"]))
+        asked = {name: params[name] for name in ("recipe", "test_limit") if params[name] is not None}
+        outlet_events[DATASET].extra = {"dataset_id": result["dataset_id"], **asked}
+        return result
+
+    @task(execution_timeout=timedelta(minutes=30))
+    def explore(dataset_id: str) -> dict[str, Any]:
+        from ml.settings import load_settings
+        from ml.workflows import ingest as workflow
+
+        return attempt(lambda: workflow.explore(load_settings(), dataset_id))
+
+    @task.short_circuit
+    def wants_csv(*, params: Any = None) -> bool:
+        return params["export_csv"]
+
+    @task(execution_timeout=timedelta(minutes=30))
+    def export_csv(dataset_id: str) -> dict[str, Any]:
+        from ml.settings import load_settings
+        from ml.workflows import ingest as workflow
+
+        return attempt(lambda: workflow.export_csv(load_settings(), dataset_id))
+
+    dataset = ingest()
+    explore(dataset["dataset_id"])
+    wants_csv() >> export_csv(dataset["dataset_id"])
+
+
+cifar10_ingest()

@@ -1,0 +1,69 @@
+"""### Watch the live predictions
+
+Compares the predictions since the last window with the champion's reference: an Evidently report for people, a
+calibrated test for the verdict, live accuracy where labels were sent. On drift: an alert, and a retraining of the
+champion's architecture unless one runs or ran a short while ago.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import CronTriggerTimetable, Param, dag, task
+from airflow.sdk.exceptions import AirflowSkipException
+
+from dags.cifar10_shared import RECIPE_PARAM, RETRIES, TRAINERS, attempt
+
+
+@dag(
+    dag_id="cifar10_monitor",
+    schedule=CronTriggerTimetable("@hourly", timezone="UTC", run_immediately=False),
+    max_active_runs=1,
+    doc_md=__doc__,
+    tags=["cifar10", "monitoring"],
+    default_args=RETRIES,
+    params={
+        "min_predictions": Param(
+            None, type=["null", "integer"], minimum=2, title="Fewest predictions", description="Fewer: `insufficient`."
+        ),
+        "recipe": RECIPE_PARAM,
+    },
+)
+def cifar10_monitor() -> None:
+    @task(execution_timeout=timedelta(minutes=30))
+    def monitor(*, params: Any = None) -> dict[str, Any]:
+        from ml.errors import ModelNotFound
+        from ml.settings import load_settings
+        from ml.workflows.monitor import monitor as workflow
+
+        settings = load_settings()
+
+        def work() -> dict[str, Any]:
+            try:
+                return workflow(settings, min_predictions=params["min_predictions"])
+            except ModelNotFound as error:
+                raise AirflowSkipException(f"Nothing to watch yet. {error}") from error
+
+        return attempt(work)
+
+    @task.short_circuit
+    def retraining_is_due(result: dict[str, Any]) -> bool:
+        return result["retraining"]["due"]
+
+    @task
+    def request_retraining(result: dict[str, Any], *, params: Any = None) -> dict[str, Any]:
+        due = result["retraining"]
+        conf = {"recipe": params["recipe"], "retraining_id": due["retraining_id"]}
+        return {"trainer": TRAINERS[due["architecture"]], "conf": conf}
+
+    verdict = monitor()
+    request = request_retraining(verdict)
+    retrain = TriggerDagRunOperator(
+        task_id="retrain",
+        trigger_dag_id="{{ ti.xcom_pull('request_retraining')['trainer'] }}",
+        conf=request["conf"],
+    )
+    retraining_is_due(verdict) >> request >> retrain
+
+
+cifar10_monitor()

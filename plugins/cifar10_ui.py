@@ -1,0 +1,85 @@
+"""The Airflow UI's way to the rest of the system: links in the menu, and a page that says where the loop stands.
+
+Runs inside Airflow's API server: standard library, httpx and FastAPI only, nothing of `ml`.
+"""
+
+import asyncio
+import os
+from html import escape
+
+import httpx
+from airflow.plugins_manager import AirflowPlugin
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+
+
+def _address(port_setting: str, default: str) -> str:
+    return f"http://127.0.0.1:{os.environ.get(port_setting, default)}"
+
+
+MLFLOW = _address("MLFLOW_PORT", "5000")
+PREDICTIONS = _address("API_PORT", "8000")
+REPORTS = _address("REPORTS_PORT", "8001")
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>CIFAR-10: where the loop stands</title>
+<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;margin:2rem;max-width:48rem}}
+table{{border-collapse:collapse}}td,th{{padding:.4rem 1rem .4rem 0;text-align:left;border-bottom:1px solid #8884}}
+</style></head><body><h1>Where the loop stands</h1><table>{rows}</table></body></html>"""
+
+app = FastAPI(title="CIFAR-10 status", docs_url=None, redoc_url=None, openapi_url=None)
+
+
+async def _ask(client: httpx.AsyncClient, url: str) -> str:
+    try:
+        answer = await client.get(url)
+    except httpx.TransportError as error:
+        return f"does not answer ({type(error).__name__})"
+    return "ready" if answer.is_success else f"answers {answer.status_code}"
+
+
+async def _champion(client: httpx.AsyncClient) -> str:
+    try:
+        answer = await client.get(f"{PREDICTIONS}/v1/model")
+    except httpx.TransportError:
+        return "unknown: the prediction server does not answer"
+    if not answer.is_success:
+        return "none yet: trigger cifar10_ingest, training and promotion follow"
+    model = answer.json()
+    return f"{model['name']} version {model['version']}, trained on {model['data']}"
+
+
+@app.get("/", response_class=HTMLResponse)
+async def status() -> str:
+    """The page."""
+    async with httpx.AsyncClient(timeout=3) as client:
+        champion, server, mlflow, reports = await asyncio.gather(
+            _champion(client),
+            _ask(client, f"{PREDICTIONS}/readyz"),
+            _ask(client, f"{MLFLOW}/health"),
+            _ask(client, REPORTS),
+        )
+    entries = [
+        ("Champion", champion, f"{MLFLOW}/#/models/cifar10-classifier"),
+        ("Prediction server", server, PREDICTIONS),
+        ("MLflow", mlflow, MLFLOW),
+        ("Drift reports", reports, REPORTS),
+    ]
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(state)}</td>'
+        f'<td><a href="{escape(url)}" target="_blank" rel="noopener">open</a></td></tr>'
+        for name, state, url in entries
+    )
+    return PAGE.format(rows=rows)
+
+
+class Cifar10Ui(AirflowPlugin):
+    """Menu entries under "CIFAR-10"."""
+
+    name = "cifar10_ui"
+    fastapi_apps = [{"app": app, "url_prefix": "/cifar10", "name": "cifar10-status"}]  # noqa: RUF012 - Airflow's form
+    external_views = [  # noqa: RUF012 - Airflow's form
+        {"name": "Where the loop stands", "href": "/cifar10/", "url_route": "cifar10", "category": "CIFAR-10"},
+        {"name": "Models (MLflow)", "href": f"{MLFLOW}/#/models/cifar10-classifier", "category": "CIFAR-10"},
+        {"name": "Drift reports (Evidently)", "href": REPORTS, "category": "CIFAR-10"},
+        {"name": "Try a prediction", "href": PREDICTIONS, "category": "CIFAR-10"},
+    ]
