@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import httpx
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from ml.monitoring.reference import SHOWN_NAMES
 from ml.monitoring.statistics import DriftResult
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def alert_message(
         report: address of the window's report.
         next_step: what the system does now, in words.
     """
-    columns = ", ".join(drift.drifted_columns)
+    columns = ", ".join(SHOWN_NAMES.get(name, name) for name in drift.drifted_columns)
     return (
         f"Drift: {model} no longer sees what it was made on. "
         f"Window: {drift.n_current} predictions, ids {ids[0]}-{ids[1]}; p = {drift.p_value:.2g} "

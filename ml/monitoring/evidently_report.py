@@ -31,7 +31,7 @@ from evidently.sdk.panels import line_plot_panel
 
 from ml.datasets.labels import CLASS_NAMES
 from ml.errors import StorageError
-from ml.monitoring.reference import PROBABILITY_NAMES, STATISTIC_NAMES, Sample
+from ml.monitoring.reference import SHOWN_NAMES, Sample
 from ml.monitoring.statistics import PREDICTED_CLASS, DriftResult, chi_squared_homogeneity, ks_two_sample
 
 PROJECT_NAME = "cifar10-classifier"
@@ -39,7 +39,7 @@ PROJECT_ID = uuid.uuid5(uuid.NAMESPACE_URL, f"evidently-project:{PROJECT_NAME}")
 """Made from the name, so that two that create the project create the same one."""
 
 CONFIDENCE = "confidence"
-_SHOWN = {name: f"P({label})" for name, label in zip(PROBABILITY_NAMES, CLASS_NAMES, strict=True)}
+_NAMED_IN_VERDICT = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class WindowPValueCalculation(SingleValueCalculation[WindowPValue]):  # type: ig
         """Called by Evidently."""
         drift = self.metric._drift
         result = self.result(drift.p_value)
-        verdict = f"DRIFT: {', '.join(_shown(name) for name in drift.drifted_columns)}" if drift.drifted else "stable"
+        named = [_shown(name) for name in drift.drifted_columns[:_NAMED_IN_VERDICT]]
+        more = len(drift.drifted_columns) - len(named)
+        verdict = f"DRIFT: {', '.join(named)}{f' and {more} more' if more else ''}" if drift.drifted else "stable"
         result.widget = [
             counter(
                 title="Verdict",
@@ -157,7 +159,7 @@ def write_report(
 
 
 def _shown(column: str) -> str:
-    return _SHOWN.get(column, column)
+    return SHOWN_NAMES.get(column, column)
 
 
 def _dataset(sample: Sample) -> Dataset:
@@ -179,11 +181,7 @@ def _metrics(current: Sample, drift: DriftResult) -> list[Any]:
         RowCount(tests=[]),  # Evidently's default test fails each window that is not as long as the reference
         ValueDrift(column=PREDICTED_CLASS, method=CHI_SQUARED.name, threshold=level),
         *confident,
-        *(
-            ValueDrift(column=_shown(name), method=KS.name, threshold=level)
-            for name in (*PROBABILITY_NAMES, *STATISTIC_NAMES)
-            if name in finite
-        ),
+        *(ValueDrift(column=_shown(name), method=KS.name, threshold=level) for name in SHOWN_NAMES if name in finite),
     ]
 
 

@@ -15,11 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml.datasets.labels import NUM_CLASSES
+from ml.datasets.labels import CLASS_NAMES, NUM_CLASSES
 from ml.errors import ModelInvalid, StorageError
 from ml.monitoring.image_statistics import STATISTIC_NAMES
 
 PROBABILITY_NAMES: tuple[str, ...] = tuple(f"p_{class_id}" for class_id in range(NUM_CLASSES))
+SHOWN_NAMES: Mapping[str, str] = {
+    name: f"P({label})" for name, label in zip(PROBABILITY_NAMES, CLASS_NAMES, strict=True)
+} | {name: name for name in STATISTIC_NAMES}
+"""What people read for each numeric column: the class instead of its number."""
 COLUMNS: tuple[str, ...] = ("label", "predicted", *PROBABILITY_NAMES, *STATISTIC_NAMES)
 
 _SCHEMA = pa.schema(

@@ -101,10 +101,11 @@ def test_drift(reference: Sample, current: Sample, alpha: float) -> DriftResult:
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is a probability between 0 and 1, got {alpha}")
     live = current.columns()
-    found: list[tuple[str, Method, float, float]] = []
-    for name, values in reference.columns().items():
-        statistic, p_value = ks_two_sample(values, live[name])
-        found.append((name, "ks", statistic, p_value))
+    distances = {name: _ks_distance(values, live[name]) for name, values in reference.columns().items()}
+    p_values = _ks_p_values(np.array(list(distances.values())), len(reference), len(current))
+    found: list[tuple[str, Method, float, float]] = [
+        (name, "ks", distance, float(p)) for (name, distance), p in zip(distances.items(), p_values, strict=True)
+    ]
     statistic, p_value = chi_squared_homogeneity(
         np.bincount(reference.class_ids, minlength=NUM_CLASSES), np.bincount(current.class_ids, minlength=NUM_CLASSES)
     )
@@ -130,13 +131,22 @@ def ks_two_sample(reference: np.ndarray, current: np.ndarray) -> tuple[float, fl
     Args:
         reference, current: floats (n,) and (m,), n and m >= 1.
     """
+    distance = _ks_distance(reference, current)
+    return distance, float(_ks_p_values(np.array([distance]), len(reference), len(current))[0])
+
+
+def _ks_distance(reference: np.ndarray, current: np.ndarray) -> float:
     ref, cur = np.sort(reference), np.sort(current)
     distance = 0.0
     for side in ("right", "left"):  # the value at each point, and its limit from the left
         gap = np.searchsorted(ref, cur, side) / len(ref) - np.searchsorted(cur, cur, side) / len(cur)
         distance = max(distance, float(np.abs(gap).max()))
-    effective = round(len(ref) * len(cur) / (len(ref) + len(cur)))
-    return distance, float(np.clip(kstwo.sf(distance, max(effective, 1)), 0.0, 1.0))
+    return distance
+
+
+def _ks_p_values(distances: np.ndarray, n: int, m: int) -> np.ndarray:
+    effective = max(round(n * m / (n + m)), 1)
+    return np.clip(kstwo.sf(distances, effective), 0.0, 1.0)
 
 
 def chi_squared_homogeneity(reference: np.ndarray, current: np.ndarray) -> tuple[float, float]:
