@@ -16,45 +16,27 @@ from keras import layers
 logger = logging.getLogger(__name__)
 
 
-def frozen_prefix_end(model: keras.Model) -> str | None:
-    """Name of the last layer of the chain before the first that learns or draws at random; None if there is none."""
-    end = None
-    for layer in model.layers:
-        if layer.trainable_weights or isinstance(layer, layers.Dropout):
-            break
-        if not isinstance(layer, layers.InputLayer):
-            end = layer.name
-    return end
-
-
 def split_at(model: keras.Model, layer_name: str) -> tuple[keras.Model, keras.Model]:
     """Two models, up to and including the layer, and behind it. They share the layers: training one trains `model`.
 
     Raises:
         ValueError: the model is not a chain, so that what lies behind the layer needs more than its output.
     """
-    names = [layer.name for layer in model.layers]
-    for layer in model.layers:
-        if len(layer._inbound_nodes) == 0 or len(_feeders(model, layer)) > 1:
-            raise ValueError(f"{model.name} is not a chain of layers at {layer.name}")
-    cut = model.get_layer(layer_name)
-    source = keras.Input(cut.output.shape[1:], dtype=cut.output.dtype, name=f"{layer_name}_features")
-    x = source
-    for layer in model.layers[names.index(layer_name) + 1 :]:
+    nodes = model._nodes_by_depth
+    if any(len(level) > 1 for level in nodes.values()) or len(nodes) != len(model.layers):
+        raise ValueError(f"{model.name} is not a chain of layers, so it cannot be cut in two")
+    cut = [layer.name for layer in model.layers].index(layer_name) + 1
+    # The first layer is the input's.
+    prefix = _chain(model.layers[1:cut], model.inputs[0], f"{model.name}_prefix")
+    return prefix, _chain(model.layers[cut:], prefix.outputs[0], f"{model.name}_tail")
+
+
+def _chain(steps: list[layers.Layer], like: keras.KerasTensor, name: str) -> keras.Model:
+    """A model of these layers one after the other; its input is of the shape and dtype of `like`."""
+    source = x = keras.Input(like.shape[1:], dtype=like.dtype)
+    for layer in steps:
         x = layer(x)
-    return keras.Model(model.inputs, cut.output, name=f"{model.name}_prefix"), keras.Model(source, x, name=model.name)
-
-
-def _feeders(model: keras.Model, layer: layers.Layer) -> list[str]:
-    own = {operation.name for operation in model.layers}
-    return sorted(
-        {
-            parent.operation.name
-            for node in layer._inbound_nodes
-            for parent in node.parent_nodes
-            if parent.operation.name in own
-        }
-    )
+    return keras.Model(source, x, name=name)
 
 
 def extract(prefix: keras.Model, inputs: np.ndarray, *, what: str, batch_size: int = 256) -> np.ndarray:

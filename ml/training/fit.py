@@ -7,7 +7,7 @@ from functools import partial
 
 import keras
 
-from ml.datasets.store import Split
+from ml.datasets.manifest import Split
 from ml.models.catalog import build
 from ml.models.vgg16_weights import Weights
 from ml.training.augmentation import augment
