@@ -18,6 +18,7 @@ from mlflow.environment_variables import (
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
     MLFLOW_HTTP_REQUEST_TIMEOUT,
     MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.telemetry import get_telemetry_client, set_telemetry_client
@@ -90,6 +91,8 @@ def _environment(limits: Limits) -> Iterator[None]:
         # A 503 may ask for minutes of waiting: how long to wait is decided here.
         MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER: False,
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR: False,
+        # Standard output belongs to the commands' `--json`.
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: True,
     }
     # MLflow reports its use to its makers unless told otherwise, and has begun to when it is imported. For good.
     MLFLOW_DISABLE_TELEMETRY.set(True)

@@ -235,19 +235,20 @@ def _create(
             return str(model.model_id)
 
     model_id = patiently(logged_model, what="Announcing the model", seconds=run.patience_seconds)
-    mlflow.pyfunc.save_model(
-        path=str(folder),
-        python_model=str(_MODEL_CODE),
-        artifacts=dict(artifacts),
-        signature=ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *IMAGE_SHAPE))]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, NUM_CLASSES))]),
-        ),
-        input_example=np.asarray(input_example[:2], dtype=np.float32),
-        # Given, or MLflow would load the model in a process of its own to find out.
-        pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", "onnxruntime", "numpy")],
-        mlflow_model=Model(run_id=run.id, model_uuid=model_id, model_id=model_id),
-    )
+    with asking(run.tracking_uri):
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(_MODEL_CODE),
+            artifacts=dict(artifacts),
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *IMAGE_SHAPE))]),
+                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, NUM_CLASSES))]),
+            ),
+            input_example=np.asarray(input_example[:2], dtype=np.float32),
+            # Given, or MLflow would load the model in a process of its own to find out.
+            pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", "onnxruntime", "numpy")],
+            mlflow_model=Model(run_id=run.id, model_uuid=model_id, model_id=model_id),
+        )
 
     def upload() -> None:
         with asking(run.tracking_uri, BULK):

@@ -21,7 +21,8 @@ class OnnxClassifier(PythonModel):  # type: ignore[misc]  # mlflow is not typed
             context.artifacts["model.onnx"], providers=["CPUExecutionProvider"]
         )
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:  # noqa: ARG002 - MLflow's signature
+    # An array as the hint: MLflow takes hints of other types for a signature, and the version has its own.
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
         """Probabilities, float32 (n, 10), of images, raw RGB in 0-255 as uint8 or float32 (n, 32, 32, 3)."""
         given = self._session.get_inputs()[0]
         dtype = np.uint8 if given.type == "tensor(uint8)" else np.float32

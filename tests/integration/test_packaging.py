@@ -1,0 +1,127 @@
+"""What a registered version is, against a real MLflow: files, tags, signature, and MLflow's own way of loading it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ml.errors import ModelInvalid, ModelNotFound
+from ml.registry import tracking
+from ml.registry.packaging import register
+from ml.registry.versions import MODEL_NAME, Registry
+from ml.serving.engine import Engine
+from tests.tiny_models import make_onnx
+from tests.tiny_versions import Files, empty_registry, register_tiny, small_dataset
+
+
+@pytest.fixture
+def here(settings, mlflow_uri):
+    empty_registry(mlflow_uri)
+    return settings.model_copy(update={"mlflow_tracking_uri": mlflow_uri})
+
+
+def download(tracking_uri, version, folder):
+    """The whole version, by MLflow's own means."""
+    import mlflow
+
+    root = mlflow.MlflowClient(tracking_uri, tracking_uri).get_model_version_download_uri(
+        version.name, str(version.version)
+    )
+    return mlflow.artifacts.download_artifacts(root, dst_path=str(folder), tracking_uri=tracking_uri)
+
+
+def test_a_version_says_what_it_is(here, tmp_path):
+    manifest = small_dataset(here)
+    version = register_tiny(here, manifest, tmp_path, validation_accuracy=0.625, architecture="vgg16")
+    assert (version.name, version.version, version.aliases) == (MODEL_NAME, 1, ("challenger",))
+    assert (version.architecture, version.dataset_id) == ("vgg16", manifest.dataset_id)
+    assert (version.data, version.weights, version.decision) == ("SYNTHETIC", "RANDOM WEIGHTS", "pending")
+    assert version.figure("metric.validation_accuracy") == 0.625
+    assert len(version.tags["git_sha"]) in (7, 40)
+    folder = Registry(here.tracking_uri).fetch(version, here.cache_dir)
+    card = (folder / "artifacts/card.md").read_text()
+    for word in ("SYNTHETIC", "RANDOM WEIGHTS", "vgg16", manifest.dataset_id, "0.6250"):
+        assert word in card
+
+
+def test_challenger_follows_the_newest_version(here, tmp_path):
+    manifest = small_dataset(here)
+    register_tiny(here, manifest, tmp_path / "1")
+    register_tiny(here, manifest, tmp_path / "2")
+    assert Registry(here.tracking_uri).by_alias("challenger").version == 2
+
+
+def test_mlflow_loads_it_and_answers_as_the_engine_does(here, tmp_path):
+    import mlflow
+
+    version = register_tiny(here, small_dataset(here), tmp_path, model={"seed": 3})
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    onnx = Registry(here.tracking_uri).fetch(version, here.cache_dir) / "artifacts/model.onnx"
+    expected = Engine(onnx).predict(images)
+
+    model = mlflow.pyfunc.load_model(download(here.tracking_uri, version, tmp_path / "mlflow"))
+    np.testing.assert_allclose(model.predict(images.astype(np.float32)), expected, atol=1e-6)
+
+    inputs, outputs = model.metadata.signature.inputs.inputs[0], model.metadata.signature.outputs.inputs[0]
+    assert (inputs.shape, outputs.shape) == ((-1, 32, 32, 3), (-1, 10))
+    assert model.metadata.saved_input_example_info is not None
+    requirements = next((tmp_path / "mlflow").rglob("requirements.txt")).read_text()
+    assert "onnxruntime==" in requirements
+    assert "numpy==" in requirements
+
+
+def test_mlflows_scoring_server_answers_for_it(here, tmp_path):
+    """`mlflow models serve` is this WSGI/ASGI application around the downloaded model."""
+    import mlflow
+    from mlflow.pyfunc.scoring_server import init
+    from starlette.testclient import TestClient
+
+    version = register_tiny(here, small_dataset(here), tmp_path, model={"seed": 3})
+    downloaded = download(here.tracking_uri, version, tmp_path / "mlflow")
+    client = TestClient(init(mlflow.pyfunc.load_model(downloaded)))
+    body = json.dumps({"instances": np.full((2, 32, 32, 3), 7).tolist()})
+    answer = client.post("/invocations", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    rows = np.array(answer.json()["predictions"])
+    assert rows.shape == (2, 10)
+    np.testing.assert_allclose(rows.sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "validation_accuracy", "says"),
+    [
+        ({"bias": np.full(10, np.nan)}, 0.5, "not probabilities"),
+        ({"classes": 7}, 0.5, "not probabilities"),
+        ({}, float("nan"), "validation_accuracy"),
+    ],
+)
+def test_a_model_that_cannot_be_right_is_not_registered(here, tmp_path, model, validation_accuracy, says):
+    with pytest.raises(ModelInvalid, match=says):
+        register_tiny(here, small_dataset(here), tmp_path, model=model, validation_accuracy=validation_accuracy)
+    with pytest.raises(ModelNotFound):
+        Registry(here.tracking_uri).by_version(1)
+
+
+def test_missing_and_broken_files_are_named(here, tmp_path):
+    manifest = small_dataset(here)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    keras, reference = tmp_path / "m.keras", tmp_path / "r.parquet"
+    keras.touch()
+    with tracking.run(here, "broken") as run:
+        given = {
+            "metrics": {"validation_accuracy": 0.5},
+            "recipe": {},
+            "manifest": manifest,
+            "weights": "random",
+            "reference": reference,
+            "input_example": np.zeros((1, 32, 32, 3), np.uint8),
+            "data": "SYNTHETIC",
+            "architecture": "baseline",
+        }
+        with pytest.raises(ModelInvalid, match=r"r\.parquet"):
+            register(run, exported=Files(keras, make_onnx(tmp_path / "m.onnx")), **given)
+        reference.touch()
+        with pytest.raises(ModelInvalid, match=r"broken\.onnx"):
+            register(run, exported=Files(keras, broken), **given)
+    assert Registry(here.tracking_uri).versions() == []
