@@ -234,7 +234,7 @@ def _archive_files(path: Path, layout: ArchiveLayout) -> Iterator[tuple[str, byt
     # isal's stubs declare its exception class as a value.
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, igzip_lib.IsalError) as error:  # type: ignore[misc]
         raise _altered(path, f"it cannot be unpacked ({error})") from error
-    raise _altered(path, f"it has no {', '.join(sorted(wanted))}")
+    raise _altered(path, f"it has no {', '.join(sorted(wanted.values()))}")
 
 
 def _altered(path: Path, what: str) -> SourceCorrupt:

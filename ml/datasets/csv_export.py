@@ -21,7 +21,7 @@ from ml.datasets.labels import CLASS_NAMES, IMAGE_BYTES
 from ml.datasets.manifest import Split
 from ml.datasets.splits import SPLIT_NAMES, SplitName
 from ml.datasets.storage import MARKER, FolderWriter, Storage
-from ml.datasets.store import DATASETS, iter_batches, open_split
+from ml.datasets.store import DATASETS, iter_batches, open_split, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def write_csv(data_url: str, dataset_id: str) -> tuple[CsvManifest, bool]:
     if written is not None:
         logger.info("%s is exported already; nothing written", dataset_id)
         return CsvManifest.model_validate_json(written), False
+    read_manifest(data_url, dataset_id)  # an unknown id is refused before a folder is made for it
     with storage.commit(target) as folder:
         rows = {split: _export_split(folder, data_url, dataset_id, split) for split in SPLIT_NAMES}
         manifest = CsvManifest(

@@ -21,7 +21,6 @@ from ml.errors import SourceNotFound, SourceUnreachable, StorageError
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 20
 _PROGRESS_SECONDS = 5.0
 _BY_HAND = "download it by hand, set CIFAR10_SOURCE to the file, or set CIFAR10_SOURCE=synthetic to go on without it"
 
@@ -171,7 +170,8 @@ class _Download:
         began = told = time.monotonic()
         have = start
         logger.info("Downloading %s from byte %d of %s", self.url, start, total if total is not None else "unknown")
-        for chunk in response.iter_raw(_CHUNK_BYTES):
+        # As it arrives: with a chunk size httpx holds bytes back, and loses them when the line breaks.
+        for chunk in response.iter_raw():
             part.write(chunk)
             have += len(chunk)
             now = time.monotonic()

@@ -73,7 +73,7 @@ def _draw(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]
     image = ground * (1 - mask) + figure * mask
     image += _shading(count, rng)[..., None]
     # Sensor noise, of a strength that differs between images as it does between cameras.
-    strength = rng.uniform(8, 34, (count, 1, 1, 1)).astype(np.float32)
+    strength = rng.uniform(6, 28, (count, 1, 1, 1)).astype(np.float32)
     image += strength * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
@@ -103,8 +103,8 @@ def _colours(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     lean = np.stack([np.cos(hue - shift) for shift in (0, 2 * np.pi / 3, 4 * np.pi / 3)], axis=1)
     ground = rng.uniform(50, 205, (count, 1)) + rng.normal(0, 22, (count, 3))
     # Some figures hardly stand out: they keep the accuracy below 1.
-    contrast = rng.uniform(12, 85, (count, 1)) * rng.choice([-1, 1], (count, 1))
-    figure = ground + contrast + 28 * lean
+    contrast = rng.uniform(18, 95, (count, 1)) * rng.choice([-1, 1], (count, 1))
+    figure = ground + contrast + 34 * lean
     return ground.astype(np.float32)[:, None, None], figure.astype(np.float32)[:, None, None]
 
 
