@@ -46,7 +46,7 @@ class Engine:
         try:
             self._session = ort.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
         except _ORT_ERRORS as error:
-            raise _invalid(onnx_path, f"cannot be loaded ({_first_line(error)})") from error
+            raise _invalid(onnx_path, f"cannot be loaded ({_reason(error, onnx_path)})") from error
         self._input, self._output, self._dtype = _check_signature(self._session, onnx_path)
         self._warm_up()
 
@@ -78,7 +78,7 @@ class Engine:
         try:
             probabilities = self._session.run([self._output], {self._input: batch})[0]
         except _ORT_ERRORS as error:
-            raise _invalid(self._path, f"fails on a batch of {len(batch)} ({_first_line(error)})") from error
+            raise _invalid(self._path, f"fails on a batch of {len(batch)} ({_reason(error, self._path)})") from error
         if probabilities.shape != (len(batch), NUM_CLASSES):
             raise _invalid(self._path, f"answers {probabilities.shape} to {len(batch)} images, not (n, {NUM_CLASSES})")
         if not np.isfinite(probabilities).all():
@@ -110,8 +110,9 @@ def _check_signature(session: ort.InferenceSession, path: Path) -> tuple[str, st
     return given.name, made.name, _INPUT_TYPES[given.type]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+def _reason(error: Exception, path: Path) -> str:
+    # ONNX Runtime names the whole path; this text may reach clients.
+    return str(error).strip().splitlines()[0].replace(str(path), path.name)[:300]
 
 
 def _invalid(path: Path, what: str) -> ModelInvalid:

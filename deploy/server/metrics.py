@@ -1,0 +1,100 @@
+"""Figures for Prometheus. One registry per app, so that two apps in one process do not mix."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from ml.datasets.labels import CLASS_NAMES
+from ml.monitoring.prediction_log import LogState
+from ml.serving.hot_swap import FollowerState
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class HasFollowerState(Protocol):
+    """As `ml.serving.hot_swap.ChampionFollower`."""
+
+    def state(self) -> FollowerState:
+        """What it has done so far."""
+
+
+class HasLogState(Protocol):
+    """As `ml.monitoring.prediction_log.PredictionLog`."""
+
+    def state(self) -> LogState:
+        """Its counts."""
+
+
+class ServerMetrics:
+    """Counts requests and predictions; asks the follower and the log for theirs when it is scraped."""
+
+    def __init__(self, follower: HasFollowerState, log: HasLogState) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "cifar10_http_requests", "Requests answered.", ["route", "method", "status"], registry=self._registry
+        )
+        self._seconds = Histogram(
+            "cifar10_http_request_duration_seconds",
+            "From the request's headers to the reply's.",
+            ["route"],
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._predictions = Counter(
+            "cifar10_predictions", "Images predicted.", ["label", "version"], registry=self._registry
+        )
+        self._registry.register(_States(follower, log))
+
+    def observe(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One request answered."""
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def predicted(self, class_ids: list[int], version: int) -> None:
+        """Images predicted by one version."""
+        for class_id in class_ids:
+            self._predictions.labels(CLASS_NAMES[class_id], str(version)).inc()
+
+    def exposition(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _States:
+    """A collector: reads the two states at the moment of the scrape."""
+
+    def __init__(self, follower: HasFollowerState, log: HasLogState) -> None:
+        self._follower = follower
+        self._log = log
+
+    def describe(self) -> list[Metric]:
+        """Nothing: keeps prometheus_client from collecting at registration."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures."""
+        follower, log = self._follower.state(), self._log.state()
+        model = follower.model
+        if model is not None:
+            info = {"name": model.name, "version": str(model.version), "alias": model.alias, "data": model.data}
+            yield InfoMetricFamily("cifar10_model", "The model that answers.", value=info)
+        ready = GaugeMetricFamily("cifar10_model_loaded", "1 where a champion is loaded.", value=model is not None)
+        yield ready
+        yield CounterMetricFamily(
+            "cifar10_model_swaps", "Champions taken into service, the first included.", value=follower.swaps
+        )
+        yield CounterMetricFamily(
+            "cifar10_model_swap_failures", "Champions that could not be loaded.", value=follower.failed_swaps
+        )
+        yield GaugeMetricFamily(
+            "cifar10_prediction_log_queued_rows", "Rows that wait for the database.", value=log.queued
+        )
+        yield CounterMetricFamily("cifar10_prediction_log_written_rows", "Rows in the database.", value=log.written)
+        yield CounterMetricFamily(
+            "cifar10_prediction_log_dropped_rows", "Rows lost because the queue was full.", value=log.dropped
+        )
+        yield GaugeMetricFamily(
+            "cifar10_prediction_log_database_up", "1 where the last write went well.", value=log.database_ok
+        )

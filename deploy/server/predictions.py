@@ -1,0 +1,159 @@
+"""The routes that predict, and the one that takes what the image really showed."""
+
+import base64
+import io
+from datetime import UTC, datetime
+from typing import Protocol
+from uuid import UUID
+
+import numpy as np
+from flask import Blueprint, Response, g, jsonify, request
+from PIL import Image
+
+from deploy.server.access import Gate
+from deploy.server.bodies import images_of, json_of
+from deploy.server.metrics import ServerMetrics
+from ml.datasets.labels import CLASS_NAMES
+from ml.errors import InputInvalid, ServiceUnavailable
+from ml.monitoring.prediction_log import LoggedPrediction, LogState
+from ml.serving.decoding import images_from_mlflow
+from ml.serving.hot_swap import FollowerState, LoadedModel
+
+RANDOM_WEIGHTS = "RANDOM WEIGHTS"
+
+
+class Follower(Protocol):
+    """As `ml.serving.hot_swap.ChampionFollower`."""
+
+    def current(self) -> LoadedModel:
+        """The model that answers; ServiceUnavailable where there is none."""
+
+    def state(self) -> FollowerState:
+        """What has happened so far."""
+
+
+class Log(Protocol):
+    """As `ml.monitoring.prediction_log.PredictionLog`."""
+
+    def append(self, prediction: LoggedPrediction) -> bool:
+        """Queues it; never waits and never fails."""
+
+    def record_feedback(self, request_id: UUID, index: int, label: int) -> bool:
+        """True where it is the first on that image. PredictionNotFound, DatabaseUnavailable."""
+
+    def state(self) -> LogState:
+        """Its counts."""
+
+
+def blueprint(follower: Follower, log: Log, gate: Gate, metrics: ServerMetrics) -> Blueprint:
+    """POST /v1/predict, POST /v1/feedback, POST /invocations."""
+    routes = Blueprint("predictions", __name__)
+    routes.before_request(lambda: gate.check(request))
+
+    def predict_and_log(images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
+        model = follower.current()
+        probabilities = model.engine.predict(images)
+        g.images = len(images)
+        metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version)
+        log.append(
+            LoggedPrediction(
+                request_id=g.request_id,
+                created_at=datetime.now(UTC),
+                model_name=model.name,
+                model_version=model.version,
+                probabilities=probabilities,
+                images=images,
+            )
+        )
+        return model, probabilities
+
+    @routes.post("/v1/predict")
+    def predict() -> Response:
+        with_image = _wants_image()
+        follower.current()  # no use reading ten megabytes when nothing can answer
+        images = images_of(request)
+        model, probabilities = predict_and_log(images)
+        predictions = [prediction_json(row) for row in probabilities]
+        if with_image:
+            for prediction, image in zip(predictions, images, strict=True):
+                prediction["image"] = _png(image)
+        return jsonify(request_id=str(g.request_id), model=model_json(model), predictions=predictions)
+
+    @routes.post("/invocations")
+    def invocations() -> Response:
+        follower.current()
+        _, probabilities = predict_and_log(images_from_mlflow(json_of(request)))
+        return jsonify(predictions=probabilities.tolist())
+
+    @routes.post("/v1/feedback")
+    def feedback() -> tuple[Response, int]:
+        request_id, index, label = _feedback_of(json_of(request))
+        created = log.record_feedback(request_id, index, CLASS_NAMES.index(label))
+        return jsonify(request_id=str(request_id), index=index, label=label), 201 if created else 200
+
+    return routes
+
+
+def model_json(model: LoadedModel) -> dict[str, object]:
+    """How a reply names the model. That it never learnt from real weights is said where it is so."""
+    said: dict[str, object] = {
+        "name": model.name,
+        "version": model.version,
+        "alias": model.alias,
+        "data": model.data,
+    }
+    return {**said, "weights": model.weights} if model.weights == RANDOM_WEIGHTS else said
+
+
+def prediction_json(probabilities: np.ndarray) -> dict[str, object]:
+    """One image's answer; `probabilities` is float32 (10,)."""
+    # Seven digits are what a float32 holds.
+    rounded = [round(p, 7) for p in probabilities.tolist()]
+    class_id = int(probabilities.argmax())
+    return {
+        "label": CLASS_NAMES[class_id],
+        "class_id": class_id,
+        "probability": rounded[class_id],
+        "probabilities": dict(zip(CLASS_NAMES, rounded, strict=True)),
+    }
+
+
+def _wants_image() -> bool:
+    wanted = request.args.get("include")
+    if wanted not in (None, "image"):
+        raise InputInvalid(f"?include={wanted[:40]} is not known.", fix="leave it out, or send ?include=image.")
+    return wanted is not None
+
+
+def _png(image: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _feedback_of(payload: dict[str, object]) -> tuple[UUID, int, str]:
+    unknown = sorted(set(payload) - {"request_id", "index", "label"})
+    if unknown:
+        raise InputInvalid(f"{unknown[0][:40]!r} is not known.", fix='send "request_id", "index" and "label".')
+    request_id, index, label = payload.get("request_id"), payload.get("index", 0), payload.get("label")
+    try:
+        identity = UUID(request_id) if isinstance(request_id, str) else None
+    except ValueError:
+        identity = None
+    if identity is None:
+        raise InputInvalid("request_id is not a UUID.", fix="send the request_id of a reply of /v1/predict.")
+    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        raise InputInvalid("index is not a whole number from 0.", fix="send the prediction's position in its reply.")
+    if not isinstance(label, str) or label not in CLASS_NAMES:
+        said = f"The label {label[:40]!r}" if isinstance(label, str) else "The label"
+        raise InputInvalid(f"{said} is none of the ten classes.", fix=f"send one of {', '.join(CLASS_NAMES)}.")
+    return identity, index, label
+
+
+def unavailable_reason(follower: Follower) -> str | None:
+    """Why nothing can be predicted; None where it can."""
+    try:
+        follower.current()
+    except ServiceUnavailable as error:
+        return str(error)
+    return None

