@@ -7,7 +7,8 @@ run and never loses it; a crash between delivery and mark delivers it twice.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -78,7 +79,7 @@ def deliver(
         sleep: replaces waiting between attempts.
     """
     open_ids: list[int] = []
-    with httpx.Client(timeout=_TIMEOUT, follow_redirects=False) as client:
+    with _address_kept_out_of_the_log(webhook_url), httpx.Client(timeout=_TIMEOUT, follow_redirects=False) as client:
         for alert in alerts:
             if alert.channel == LOG:
                 logger.warning("%s", alert.message)
@@ -89,9 +90,24 @@ def deliver(
     return open_ids
 
 
+@contextmanager
+def _address_kept_out_of_the_log(url: str | None) -> Iterator[None]:
+    """httpx logs the whole address of each request at INFO."""
+
+    def without_it(record: logging.LogRecord) -> bool:
+        return url is None or url not in record.getMessage()
+
+    chatter = logging.getLogger("httpx")
+    chatter.addFilter(without_it)
+    try:
+        yield
+    finally:
+        chatter.removeFilter(without_it)
+
+
 def _post(client: httpx.Client, url: str, alert: Alert, sleep: Callable[[float], None]) -> bool:
     """Whether the receiver took it. The address is a secret (it lets anyone post): only its host is logged."""
-    host = httpx.URL(url).host
+    host = _host(url)
 
     def before_sleep(state: RetryCallState) -> None:
         logger.info("Alert %d: %s did not take it (%s); trying again", alert.id, host, _cause(state))
@@ -117,6 +133,13 @@ def _post(client: httpx.Client, url: str, alert: Alert, sleep: Callable[[float],
         return False
     logger.info("Alert %d delivered to the webhook at %s", alert.id, host)
     return True
+
+
+def _host(url: str) -> str:
+    try:
+        return httpx.URL(url).host or "an address without a host"
+    except httpx.InvalidURL:
+        return "an address that is none"
 
 
 def _worth_retrying(error: BaseException) -> bool:

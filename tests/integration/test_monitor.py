@@ -10,10 +10,22 @@ import pytest
 from pydantic import SecretStr
 
 from ml.database import transaction
-from ml.errors import ConfigurationError, DatabaseUnavailable, InputInvalid, ModelNotFound, RegistryUnavailable
+from ml.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    InputInvalid,
+    ModelInvalid,
+    ModelNotFound,
+    RegistryUnavailable,
+)
 from ml.monitoring.reference import STATISTIC_NAMES, write_reference
 from ml.monitoring.testing import FakeRegistry, FakeVersion, webhook_receiver
+from ml.registry import tracking
+from ml.registry.packaging import register
+from ml.registry.versions import Registry
 from ml.workflows.monitor import finish_retraining, monitor, monitor_champion
+from tests.tiny_models import make_onnx
+from tests.tiny_versions import Files, empty_registry, small_dataset
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -237,6 +249,38 @@ def test_a_failing_webhook_delays_the_alert_and_nothing_else(watched, registry, 
         assert receiver.calls == 2
 
 
+def test_with_a_real_registry(watched, mlflow_uri, database_url, tmp_path):
+    here = watched.model_copy(update={"mlflow_tracking_uri": mlflow_uri})
+    empty_registry(mlflow_uri)
+    with pytest.raises(ModelNotFound, match="no champion"):
+        monitor(here)
+    manifest = small_dataset(here)
+    probabilities, statistics = predictions(2000, seed=99)
+    work = tmp_path / "whole"
+    reference = write_reference(work / "reference.parquet", probabilities.argmax(axis=1), probabilities, statistics)
+    files = Files(work / "model.keras", make_onnx(work / "model.onnx"))
+    files.keras.write_bytes(b"stands for a Keras file")
+    with tracking.run(here, "watched") as run:
+        version = register(
+            run,
+            exported=files,
+            metrics={"validation_accuracy": 0.5, "validation_loss": 1.0},
+            recipe={"name": "tiny", "seed": 1},
+            manifest=manifest,
+            weights="RANDOM WEIGHTS",
+            reference=reference,
+            input_example=np.zeros((2, 32, 32, 3), dtype=np.uint8),
+            data=manifest.data,
+            architecture="vgg16",
+        )
+    Registry(mlflow_uri).set_alias("champion", version.version)
+    insert(database_url, 200, seed=1, brightness=0.6, version=version.version)
+    result = monitor(here, min_predictions=150)
+    assert (result["verdict"], result["n"], result["drifted_columns"]) == ("drift", 200, ["brightness"])
+    assert result["model"] == {"name": "cifar10-classifier", "version": version.version}
+    assert result["retraining"]["architecture"] == "vgg16"
+
+
 def test_what_could_not_be_asked_raises_and_writes_nothing(watched, registry, database_url, settings):
     insert(database_url, 300, seed=1)
     registry.failure = RegistryUnavailable("MLflow could not be asked.", fix="start it.")
@@ -252,6 +296,9 @@ def test_what_could_not_be_asked_raises_and_writes_nothing(watched, registry, da
     nowhere = watched.model_copy(update={"mlops_database_url": SecretStr("postgresql://x@127.0.0.1:9/x")})
     with pytest.raises(DatabaseUnavailable):
         monitor_champion(nowhere, registry)
+    (registry.folder / "artifacts" / "reference.parquet").write_bytes(b"not a reference")
+    with pytest.raises(ModelInvalid, match="Not a reference"):
+        monitor_champion(watched, registry)
     with pytest.raises(ConfigurationError, match="at least 3000 predictions"):
         monitor_champion(watched, registry, min_predictions=3000)
     assert rows(database_url, "SELECT count(*) FROM monitor_windows") == [(0,)]
