@@ -55,16 +55,16 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
             return result
 
         @task(trigger_rule="one_failed", execution_timeout=timedelta(minutes=5))
-        def close_failed_retraining(request: dict[str, Any]) -> None:
+        def close_failed_retraining(*, params: Any = None) -> None:
             from ml.settings import load_settings
             from ml.workflows.monitor import finish_retraining
 
-            if request.get("retraining_id") is not None:
-                finish_retraining(load_settings(), request["retraining_id"], "training failed")
+            if params["retraining_id"] is not None:
+                finish_retraining(load_settings(), params["retraining_id"], "training failed")
             # A leaf that succeeds would make a failed run look green.
-            raise AirflowFailException("The training failed; see the task `train`.")
+            raise AirflowFailException("The training failed; see the tasks before this one.")
 
         request = choose()
-        train(request) >> close_failed_retraining(request)
+        [request, train(request)] >> close_failed_retraining()
 
     training()
