@@ -47,10 +47,10 @@ BULK = Limits(timeout_seconds=60)
 PATIENCE_SECONDS = 120.0
 """How long a write is repeated that must not be lost: a run's figures, a trained model."""
 
+# Not BAD_REQUEST: MLflow answers so when its database breaks off in the middle of a query.
 _REFUSALS = frozenset(
     {
         "INVALID_PARAMETER_VALUE",
-        "BAD_REQUEST",
         "RESOURCE_ALREADY_EXISTS",
         "INVALID_STATE",
         "RESOURCE_CONFLICT",

@@ -76,6 +76,7 @@ ANSWERS = {
         json.dumps({"error_code": "TEMPORARILY_UNAVAILABLE", "message": "x"}).encode(),
         "application/json",
     ),
+    "a database that broke off": (400, json.dumps({"error_code": "BAD_REQUEST"}).encode(), "application/json"),
     "a sign-in page": (200, b"<html>please log in</html>", "text/html"),
     "no permission": (403, json.dumps({"error_code": "PERMISSION_DENIED"}).encode(), "application/json"),
 }

@@ -150,6 +150,19 @@ def test_figures_survive_an_outage(here, line, client):
     assert stored.info.status == "FINISHED"
 
 
+def test_figures_survive_an_outage_of_mlflows_database(here, postgres, client):
+    with tracking.run(here, "database-outage", patience_seconds=60) as run:
+        postgres.stop()
+        back = threading.Timer(1.0, postgres.start)
+        back.start()
+        try:
+            run.log_metrics({"during": 2.0})
+        finally:
+            back.join()
+    stored = client.get_run(run.id)
+    assert (stored.data.metrics, stored.info.status) == ({"during": 2.0}, "FINISHED")
+
+
 def test_a_trained_model_survives_an_outage_and_is_registered_once(here, line, tmp_path):
     empty_registry(here.tracking_uri)
     manifest = small_dataset(here)
