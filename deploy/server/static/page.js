@@ -98,7 +98,8 @@ function show(reply) {
 
 function showModel(model) {
   const line = at("model");
-  line.textContent = `${model.name}, version ${model.version} (${model.alias}), learnt from ${model.data}`;
+  const learnt = model.data === "SYNTHETIC" ? "" : `, learnt from ${model.data}`;
+  line.textContent = `${model.name}, version ${model.version} (${model.alias})${learnt}`;
   const warnings = [];
   if (model.data === "SYNTHETIC") warnings.push("SYNTHETIC data");
   if (model.weights === "RANDOM WEIGHTS") warnings.push("RANDOM WEIGHTS");
