@@ -16,7 +16,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -142,8 +142,12 @@ class Registry:
             token = page.token
             if not token:
                 break
+        # A search comes back without aliases: MLflow keeps them with the model.
+        bearing: dict[int, list[str]] = {}
+        for alias, number in self._aliases().items() if found else ():
+            bearing.setdefault(int(number), []).append(alias)
         chosen = [
-            item
+            replace(item, aliases=tuple(sorted(bearing.get(item.version, []))))
             for item in found
             if (dataset_id is None or item.dataset_id == dataset_id) and (decision is None or item.decision == decision)
         ]

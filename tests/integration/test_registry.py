@@ -123,7 +123,7 @@ def test_versions_are_found_by_dataset_and_decision_newest_first(here, tmp_path)
     assert [v.version for v in registry.versions(dataset_id=first.dataset_id)] == [2, 1]
     assert [v.version for v in registry.versions(first.dataset_id, "pending")] == [2]
     registry.set_alias("champion", 2)
-    assert registry.by_alias("champion") == registry.by_version(2)
+    assert registry.by_alias("champion") == registry.by_version(2) == registry.versions()[1]
     assert registry.by_version(2).aliases == ("champion",)
     registry.delete_alias("champion")
     assert registry.by_alias("champion") is None
