@@ -30,7 +30,12 @@ async function ask(path, options = {}) {
 function showError(error) {
   at("error").textContent = error.message;
   at("error").hidden = false;
-  at("status").textContent = "";
+  say("");
+}
+
+function say(text, { spokenOnly = false } = {}) {
+  at("status").classList.toggle("spoken", spokenOnly);
+  at("status").textContent = text;
 }
 
 function showKeyForm() {
@@ -63,7 +68,7 @@ async function classify(file) {
     showError(new Error(`This is ${file.type || "a file of unknown type"}. Give it a PNG, JPEG or WebP picture.`));
     return;
   }
-  at("status").textContent = "Looking…";
+  say("Looking…");
   try {
     const body = await within(file);
     const reply = await ask("/v1/predict?include=image", {
@@ -92,7 +97,7 @@ function show(reply) {
   at("label").value = prediction.label;
   at("feedback").querySelector("button").disabled = false;
   at("result").hidden = false;
-  at("status").textContent = `It says: ${prediction.label}, ${percent(prediction.probability)}.`;
+  say(`It says: ${prediction.label}, ${percent(prediction.probability)}.`, { spokenOnly: true });
   showModel(reply.model);
 }
 
