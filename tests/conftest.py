@@ -113,6 +113,7 @@ def mlflow_uri(postgres: PostgresProcess, tmp_path_factory: pytest.TempPathFacto
                 *("--backend-store-uri", postgres.new_database("mlflow")),
                 *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
             ],
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             process_group=0,
             stdout=log,
             stderr=log,

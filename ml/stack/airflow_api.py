@@ -143,7 +143,12 @@ class AirflowApi:
     def _send(self, method: str, path: str, body: object) -> httpx.Response:
         if not self._token:
             answer = self._http.post("/auth/token", json=self._login)
-            self._token = answer.json()["access_token"] if answer.is_success else ""
+            if answer.status_code == httpx.codes.UNAUTHORIZED:
+                raise ComponentFailed(
+                    f"Airflow at {self.base_url} refused the login of {self._login['username']}.",
+                    fix="another stack may be listening there: see `cifar10 status`.",
+                )
+            self._token = answer.json()["access_token"] if answer.is_success else "none"
         return self._http.request(method, path, json=body, headers={"Authorization": f"Bearer {self._token}"})
 
 

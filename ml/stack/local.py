@@ -154,18 +154,23 @@ def settings_of_running(settings: Settings) -> Settings:
 
 
 def processes(settings: Settings) -> list[psutil.Process]:
-    """Every process of the stack but the caller, its supervisor and the tasks that run in it included."""
-    # Two traces: the environment's mark, which some programs overwrite when they rename themselves, and the process
-    # groups in the state file.
-    units = _read_state(settings).get("units", {}).values()
+    """Every process of the stack, its supervisor included, but never the caller."""
+    # Three traces, since none holds alone: the environment's mark (gunicorn and Airflow overwrite it when they rename
+    # themselves), the process groups in the state file, and descent from a process found by either.
+    state = _read_state(settings)
+    units = state.get("units", {}).values()
     groups = {u["pid"] for u in units if u["pid"] is not None and _is_ours(u["pid"], u["created"])}
-    found = []
+    supervisor = _alive(state.get("pid"), state.get("created"))
+    found = set() if supervisor is None else {supervisor}
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):
             marked = process.environ().get(components.STACK_MARK) == str(settings.mlops_var_dir)
-            if (marked or os.getpgid(process.pid) in groups) and process.pid != os.getpid():
-                found.append(process)
-    return found
+            if marked or os.getpgid(process.pid) in groups:
+                found.add(process)
+    for process in list(found):
+        with suppress(psutil.Error):
+            found.update(process.children(recursive=True))
+    return [process for process in found if process.pid != os.getpid()]
 
 
 def _is_ours(group: int, created: float | None) -> bool:

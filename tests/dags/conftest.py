@@ -1,8 +1,12 @@
 """Airflow for the DAG tests: its own home and database, made before anything imports it."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 HOME = Path(tempfile.mkdtemp(prefix="airflow-tests-"))
@@ -15,11 +19,6 @@ os.environ |= {
     "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
     "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{HOME}/airflow.db",
 }
-
-import shutil
-from collections.abc import Iterator
-
-import pytest
 
 
 @pytest.fixture(scope="session")
