@@ -52,7 +52,7 @@ def _gaussian_noise(images: Floats, level: int, rng: np.random.Generator) -> Flo
 
 
 def _brightness(images: Floats, level: int, _rng: np.random.Generator) -> Floats:
-    """Raises V of HSV. Hue and saturation stay when all three channels are scaled by the ratio of the new V to the old."""
+    """Raises V of HSV: all three channels by the ratio of the new V to the old, so that hue and saturation stay."""
     value = images.max(axis=-1, keepdims=True)
     raised = np.clip(value + _BRIGHTNESS[level], 0, 1)
     # A black pixel has no hue: it becomes grey.

@@ -147,10 +147,8 @@ def _what_is_wrong(labels: np.ndarray, probabilities: np.ndarray) -> str | None:
         return f"labels have shape {labels.shape}, probabilities {probabilities.shape}"
     if len(labels) == 0:
         return "there are none"
-    if not np.issubdtype(labels.dtype, np.integer):
-        return f"labels are {labels.dtype}"
-    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
-        return f"labels reach from {labels.min()} to {labels.max()}"
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= NUM_CLASSES:
+        return f"labels are {labels.dtype} from {labels.min()} to {labels.max()}"
     if not np.isfinite(probabilities).all():
         return f"{int((~np.isfinite(probabilities)).any(axis=1).sum())} rows hold NaN or infinity"
     if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:

@@ -20,14 +20,14 @@ class BaselineSpec(BaseModel):
 
     # TOML and JSON know lists, not tuples: the sequence is lenient, its numbers are not.
     filters: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = Field(
-        (32, 64, 128), min_length=1, max_length=5, strict=False
+        default=(32, 64, 128), min_length=1, max_length=5, strict=False
     )
-    """Filters of each block, at least one each. Every block halves the side, so five is the most that 32 pixels allow."""
-    convolutions_per_block: int = Field(1, ge=1, le=4)
-    block_dropout: float = Field(0.2, ge=0, lt=1)
-    dense_units: int = Field(128, ge=1)
-    dropout: float = Field(0.5, ge=0, lt=1)
-    batch_norm_momentum: float = Field(0.99, ge=0, lt=1)
+    """Filters of each block. Every block halves the side, so five is the most that 32 pixels allow."""
+    convolutions_per_block: int = Field(default=1, ge=1, le=4)
+    block_dropout: float = Field(default=0.2, ge=0, lt=1)
+    dense_units: int = Field(default=128, ge=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    batch_norm_momentum: float = Field(default=0.99, ge=0, lt=1)
     """Share of the old moving statistics that a step keeps. Short trainings need less than Keras' 0.99."""
 
 
@@ -36,5 +36,5 @@ class Vgg16Spec(BaseModel):
 
     model_config = _STRICT
 
-    dense_units: int = Field(256, ge=1)
-    dropout: float = Field(0.5, ge=0, lt=1)
+    dense_units: int = Field(default=256, ge=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)

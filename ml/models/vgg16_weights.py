@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import h5py
+import h5py  # type: ignore[import-untyped]
 import httpx
 import keras
 
@@ -123,7 +123,10 @@ def _download(url: str, target: Path) -> None:
     done, shown = 0, time.monotonic()
     logger.info("VGG16: fetching ImageNet's weights (59 MB) from %s", url)
     try:
-        with os.fdopen(handle, "wb") as file, httpx.stream("GET", url, timeout=_TIMEOUT, follow_redirects=True) as reply:
+        with (
+            os.fdopen(handle, "wb") as file,
+            httpx.stream("GET", url, timeout=_TIMEOUT, follow_redirects=True) as reply,
+        ):
             reply.raise_for_status()
             total = int(reply.headers.get("content-length", 0))
             for block in reply.iter_bytes(1 << 20):
@@ -175,7 +178,7 @@ def load_into(base: keras.Model, path: Path) -> None:
     try:
         with h5py.File(path, "r") as file:
             if "layer_names" in file.attrs or "model_weights" in file:
-                _check_published_layout(base, file["model_weights"] if "model_weights" in file else file, path)
+                _check_published_layout(base, file.get("model_weights", file), path)
             elif not path.name.endswith(".weights.h5"):
                 raise _wrong(base, path, "it has no attribute `layer_names`")
         base.load_weights(path)
@@ -200,10 +203,14 @@ def _check_published_layout(base: keras.Model, file: h5py.Group, path: Path) -> 
     expected = {layer.name: [tuple(w.shape) for w in layer.weights] for layer in base.layers if layer.weights}
     unknown = [name for name in found if name not in expected]
     if unknown:
-        raise _wrong(base, path, f"it has the layers {', '.join(unknown)} (a file with the top has fc1, fc2, predictions)")
+        raise _wrong(
+            base, path, f"it has the layers {', '.join(unknown)} (a file with the top has fc1, fc2, predictions)"
+        )
     for name, shapes in expected.items():
         if found.get(name) != shapes:
-            raise _wrong(base, path, f"{name} should have weights of shapes {shapes}, and has {found.get(name, 'none')}")
+            raise _wrong(
+                base, path, f"{name} should have weights of shapes {shapes}, and has {found.get(name, 'none')}"
+            )
     if list(found) != list(expected):
         raise _wrong(base, path, "its layers are in another order")
 

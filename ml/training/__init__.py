@@ -1,0 +1,1 @@
+"""Training: recipes, the fit itself, and the export of what it yields."""

@@ -9,7 +9,7 @@ import numpy as np
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-class Batches(keras.utils.PyDataset):
+class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # keras is untyped
     """Shuffled (or ordered) batches of inputs and labels.
 
     The order and the augmentation of epoch e are functions of (seed, e, batch) alone, never of timing.

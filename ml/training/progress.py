@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 EVERY_SECONDS = 5.0
 
 
-class Progress(keras.callbacks.Callback):
+class Progress(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyped
     """Logs each epoch, and within it at least every five seconds: batches, loss, accuracy, images/s, time left."""
 
     def __init__(self, stage: str, images: int, batch_size: int, batches: int, epochs: int) -> None:
@@ -29,11 +29,11 @@ class Progress(keras.callbacks.Callback):
         self._began = self._shown = 0.0
         self._epoch = 0
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, _logs: dict[str, Any] | None = None) -> None:
         """Starts the clock."""
         self._began = self._shown = time.monotonic()
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, _logs: dict[str, Any] | None = None) -> None:
         """Remembers which epoch runs."""
         self._epoch = epoch
 
@@ -65,14 +65,14 @@ class Progress(keras.callbacks.Callback):
         )
 
 
-class StopWhenDiverged(keras.callbacks.Callback):
+class StopWhenDiverged(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyped
     """Raises TrainingDiverged at the batch after which the loss is no number, or at such a validation loss."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()
         self._stage, self._epoch = stage, 0
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, _logs: dict[str, Any] | None = None) -> None:
         """Remembers which epoch runs."""
         self._epoch = epoch
 
@@ -80,7 +80,7 @@ class StopWhenDiverged(keras.callbacks.Callback):
         """The loss that Keras hands over is the epoch's running mean, which one NaN makes NaN."""
         self._check((logs or {}).get("loss"), f"batch {batch + 1}")
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, _epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Checks the validation loss."""
         self._check((logs or {}).get("val_loss"), "its validation")
 

@@ -71,7 +71,7 @@ class BaselineRecipe(_Recipe):
 
 
 class Vgg16Recipe(_Recipe):
-    """A run of VGG16. `epochs` and `learning_rate` are stage 1's (head alone), `fine_tuning_*` stage 2's (block 5 too)."""
+    """A run of VGG16. `epochs` and `learning_rate` are stage 1's (head alone), `fine_tuning_*` stage 2's (block 5)."""
 
     architecture: Literal["vgg16"] = "vgg16"
     model: Vgg16Spec = Vgg16Spec()
@@ -140,7 +140,8 @@ def parse_recipe(content: Mapping[str, Any], *, origin: str) -> Recipe:
         known = _known_keys(str(content.get("architecture")))
         wrong = "; ".join(_explain(item, known) for item in error.errors())
         raise ConfigurationError(
-            f"{origin} cannot be used: {wrong}.", fix="correct these values; ml/training/recipe.py says what each means."
+            f"{origin} cannot be used: {wrong}.",
+            fix="correct these values; ml/training/recipe.py says what each means.",
         ) from error
 
 

@@ -85,9 +85,7 @@ def run_stage(
         )
     if recipe.keep_best_epoch:
         # Its patience never runs out: it is here for the weights, not to stop.
-        callbacks.append(
-            keras.callbacks.EarlyStopping(monitor="val_loss", patience=epochs, restore_best_weights=True)
-        )
+        callbacks.append(keras.callbacks.EarlyStopping(monitor="val_loss", patience=epochs, restore_best_weights=True))
     began = time.monotonic()
     history = model.fit(
         batches,

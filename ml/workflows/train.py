@@ -84,7 +84,9 @@ def train(settings: Settings, architecture: str, dataset_id: str, recipe: Recipe
             **{f"test_{key}": value for key, value in test.scalars().items()},
         }
         run.log_metrics({**figures, "fit_seconds": trained.seconds, "export_difference": exported.max_difference})
-        _log_evidence(run, trained.stages, validation, test, folder / "evidence", f"{architecture}, {recipe.name}")
+        _log_evidence(
+            run, trained.stages, validation, test, folder=folder / "evidence", title=f"{architecture}, {recipe.name}"
+        )
         version: ModelVersion = packaging.register(
             run,
             exported=exported,
@@ -160,6 +162,7 @@ def _log_evidence(
     stages: tuple[StageHistory, ...],
     validation: Metrics,
     test: Metrics,
+    *,
     folder: Path,
     title: str,
 ) -> None:

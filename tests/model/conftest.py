@@ -11,6 +11,20 @@ import numpy as np
 import pytest
 
 from ml.datasets.manifest import Split
+from ml.models.specs import Vgg16Spec
+from ml.models.vgg16_weights import Weights
+from ml.training.fit import TrainedModel, train
+from ml.training.recipe import Vgg16Recipe
+
+TINY_VGG16 = Vgg16Recipe(
+    name="tiny",
+    epochs=1,
+    learning_rate=0.003,
+    fine_tuning_epochs=1,
+    fine_tuning_learning_rate=0.0001,
+    batch_size=32,
+    model=Vgg16Spec(dense_units=16, dropout=0.3),
+)
 
 
 def coloured(n: int, seed: int) -> Split:
@@ -30,6 +44,16 @@ def train_split() -> Split:
 @pytest.fixture(scope="session")
 def validation_split() -> Split:
     return coloured(100, 2)
+
+
+def first(split: Split, n: int) -> Split:
+    return Split(split.images[:n], split.labels[:n], split.ids[:n])
+
+
+@pytest.fixture(scope="session")
+def tiny_vgg16(train_split: Split, validation_split: Split) -> TrainedModel:
+    """Both stages on 64 images, through the cache of frozen features; watched on 32."""
+    return train(TINY_VGG16, first(train_split, 64), first(validation_split, 32), Weights("random"))
 
 
 def published_layout(path: Path, layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> Path:

@@ -1,7 +1,6 @@
 """Training: that it learns, repeats itself, stops when it diverges, and that cached features change nothing."""
 
 import logging
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,16 +10,17 @@ from ml.datasets import synthetic
 from ml.datasets.manifest import Split
 from ml.errors import TrainingDiverged
 from ml.models.catalog import build
-from ml.models.specs import BaselineSpec, Vgg16Spec
+from ml.models.specs import BaselineSpec
 from ml.models.vgg16 import BASE_LAYERS, TOP_LAYERS
 from ml.models.vgg16_weights import Weights
 from ml.training import fine_tuning, progress
 from ml.training.augmentation import augment
 from ml.training.batches import Batches
 from ml.training.feature_cache import extract, split_at
-from ml.training.fit import train
-from ml.training.recipe import BaselineRecipe, Vgg16Recipe
+from ml.training.fit import TrainedModel, train
+from ml.training.recipe import BaselineRecipe
 from ml.training.stages import Labelled
+from tests.model.conftest import TINY_VGG16, first
 
 BASELINE = BaselineRecipe(
     name="tiny",
@@ -29,19 +29,6 @@ BASELINE = BaselineRecipe(
     batch_size=32,
     model=BaselineSpec(filters=(8, 8), dense_units=16, dropout=0.1, block_dropout=0.1, batch_norm_momentum=0.5),
 )
-VGG16 = Vgg16Recipe(
-    name="tiny",
-    epochs=2,
-    learning_rate=0.003,
-    fine_tuning_epochs=1,
-    fine_tuning_learning_rate=0.0001,
-    batch_size=32,
-    model=Vgg16Spec(dense_units=16, dropout=0.3),
-)
-
-
-def _first(split: Split, n: int) -> Split:
-    return Split(split.images[:n], split.labels[:n], split.ids[:n])
 
 
 def test_baseline_learns_and_repeats_itself(
@@ -68,8 +55,8 @@ def test_baseline_learns_and_repeats_itself(
 
 def test_baseline_learns_the_stand_in() -> None:
     raw = synthetic.generate(train=1500, test=300, seed=3)
-    recipe = BASELINE.with_overrides(epochs=4, model={"filters": [16, 32], "dense_units": 64, "dropout": 0.0,
-                                                      "block_dropout": 0.0, "batch_norm_momentum": 0.8})  # fmt: skip
+    spec = {"filters": [16, 32], "dense_units": 64, "dropout": 0.0, "block_dropout": 0.0, "batch_norm_momentum": 0.8}
+    recipe = BASELINE.with_overrides(epochs=4, learning_rate=0.002, model=spec)
     trained = train(
         recipe,
         Split(raw.train_images, raw.train_labels, ("",) * 1500),
@@ -128,16 +115,15 @@ def test_long_epochs_are_reported_within(monkeypatch: pytest.MonkeyPatch, caplog
 
 
 def test_vgg16_trains_in_two_stages_and_the_cache_changes_nothing(
-    train_split: Split, validation_split: Split, monkeypatch: pytest.MonkeyPatch
+    tiny_vgg16: TrainedModel, train_split: Split, validation_split: Split
 ) -> None:
     """Both ways from the same seed: frozen blocks run once per image, and every image through every layer."""
-    few, held_out = _first(train_split, 64), _first(validation_split, 32)
-    cached = train(VGG16, few, held_out, Weights("random"))
-    keras.utils.set_random_seed(VGG16.seed)
-    model = build(VGG16.model, Weights("random"))
+    few, held_out, cached = first(train_split, 64), first(validation_split, 32), tiny_vgg16
+    keras.utils.set_random_seed(TINY_VGG16.seed)
+    model = build(TINY_VGG16.model, Weights("random"))
     before = {name: model.get_layer(name).get_weights() for name in BASE_LAYERS}
     whole = fine_tuning._end_to_end(
-        model, VGG16, Labelled(few.images, few.labels), Labelled(held_out.images, held_out.labels), None
+        model, TINY_VGG16, Labelled(few.images, few.labels), Labelled(held_out.images, held_out.labels), None
     )
     assert [stage.name for stage in cached.stages] == [stage.name for stage in whole] == ["head", "top"]
     for one, other in zip(cached.stages, whole, strict=True):
@@ -160,7 +146,7 @@ def test_vgg16_trains_in_two_stages_and_the_cache_changes_nothing(
 
 
 def test_stages_unfreeze_exactly_the_top_four() -> None:
-    model = build(VGG16.model, Weights("random"))
+    model = build(TINY_VGG16.model, Weights("random"))
     fine_tuning.freeze_base(model)
     assert not any(model.get_layer(name).trainable for name in BASE_LAYERS)
     fine_tuning.unfreeze_top(model)
@@ -169,12 +155,18 @@ def test_stages_unfreeze_exactly_the_top_four() -> None:
 
 
 def test_augmentation_sends_every_epoch_through_the_whole_model(
-    train_split: Split, validation_split: Split, monkeypatch: pytest.MonkeyPatch
+    train_split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fine_tuning, "split_at", lambda *a: pytest.fail("features of augmented images were cached"))
-    recipe = VGG16.with_overrides(flip=True, shift=2, epochs=1, fine_tuning_epochs=0)
-    trained = train(recipe, _first(train_split, 32), _first(validation_split, 16), Weights("random"))
-    assert [stage.name for stage in trained.stages] == ["head"]
+    asked: list[tuple[object, str, bool]] = []
+
+    def record(model: object, name: str, *_: object, augment: object, **__: object) -> None:
+        asked.append((model, name, augment is not None))
+
+    monkeypatch.setattr(fine_tuning, "run_stage", record)
+    model = build(TINY_VGG16.model, Weights("random"))
+    data = Labelled(train_split.images, train_split.labels)
+    fine_tuning.fine_tune(model, TINY_VGG16.with_overrides(flip=True, shift=2), data, data)
+    assert asked == [(model, "head", True), (model, "top", True)]
 
 
 def test_a_cut_chain_computes_the_same(train_split: Split) -> None:
@@ -185,7 +177,9 @@ def test_a_cut_chain_computes_the_same(train_split: Split) -> None:
     features = extract(prefix, images, what="test", batch_size=32)
     assert features.dtype == np.float32
     assert np.allclose(tail.predict(features, verbose=0), model.predict(images, verbose=0), atol=1e-6)
-    fork = keras.layers.Add()([model.get_layer("block1_pool").output, model.get_layer("block1_conv1").output[:, ::2, ::2]])
+    fork = keras.layers.Add()(
+        [model.get_layer("block1_pool").output, model.get_layer("block1_conv1").output[:, ::2, ::2]]
+    )
     with pytest.raises(ValueError, match="not a chain"):
         split_at(keras.Model(model.inputs, fork), "block1_pool")
 
@@ -225,10 +219,3 @@ def test_augmentation_moves_and_mirrors_whole_images() -> None:
             for dy in range(-4, 5)
             for dx in range(-4, 5)
         )
-
-
-def test_training_needs_no_folder(train_split: Split, validation_split: Split, tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    train(BASELINE.with_overrides(epochs=1), _first(train_split, 64), validation_split)
-    assert list(tmp_path.iterdir()) == []

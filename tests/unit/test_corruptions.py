@@ -78,7 +78,8 @@ def test_blur_keeps_flat_areas_and_its_kernel_is_a_disk(images: np.ndarray) -> N
     kernel = _disk(1.5, 0.1)  # anti-aliasing of 0.1 pixels changes next to nothing: 3x3 of equal weights
     assert kernel.sum() == pytest.approx(1)
     assert np.allclose(kernel[2:5, 2:5], 1 / 9, atol=1e-6)
-    assert np.allclose(kernel, kernel[::-1]) and np.allclose(kernel, kernel.T)
+    assert np.allclose(kernel, kernel[::-1])
+    assert np.allclose(kernel, kernel.T)
 
 
 def test_fog_veils_without_darkening_to_nothing(images: np.ndarray) -> None:
@@ -90,7 +91,8 @@ def test_fog_veils_without_darkening_to_nothing(images: np.ndarray) -> None:
 def test_plasma_fills_its_range_and_is_smoother_with_more_decay() -> None:
     rough, smooth = (_plasma(20, 32, decay, np.random.default_rng(0)) for decay in (1.75, 3.0))
     for maps in (rough, smooth):
-        assert np.allclose(maps.min(axis=(1, 2)), 0) and np.allclose(maps.max(axis=(1, 2)), 1)
+        assert np.allclose(maps.min(axis=(1, 2)), 0)
+        assert np.allclose(maps.max(axis=(1, 2)), 1)
     grain = [np.abs(np.diff(maps, n=2, axis=1)).mean() for maps in (rough, smooth)]
     assert grain[0] > 2 * grain[1]
 

@@ -43,7 +43,12 @@ def test_every_figure_is_scikit_learns(classes: int) -> None:
 
 def test_wilson_interval_is_the_published_one() -> None:
     # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
-    published = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
     for (successes, n), interval in published.items():
         assert wilson_interval(successes, n) == pytest.approx(interval, abs=5e-5)
     low, high = wilson_interval(30, 30)
