@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ml.registry.versions import CHAMPION, ONNX_FILE, Registry
+from ml.registry.versions import CHAMPION, ONNX_FILE, Registry, checksum_tag
 from ml.serving.hot_swap import Champion
 
 
@@ -18,7 +18,14 @@ class RegistrySource:
         version = self._registry.by_alias(CHAMPION)
         if version is None:
             return None
-        return Champion(version.name, version.version, version.data, version.architecture, version.weights)
+        return Champion(
+            name=version.name,
+            version=version.version,
+            data=version.data,
+            architecture=version.architecture,
+            weights=version.weights,
+            fingerprint=version.tags.get(checksum_tag(ONNX_FILE), ""),
+        )
 
     def fetch(self, champion: Champion) -> Path:
         """Path of its ONNX file under the cache folder."""

@@ -28,13 +28,22 @@ RETRY_SECONDS = 2
 
 @dataclass(frozen=True)
 class Champion:
-    """Who bears the alias. `data` is "cifar-10" or "SYNTHETIC"; `weights` says what training started from."""
+    """Who bears the alias. `data` is "cifar-10" or "SYNTHETIC"; `weights` says what training started from.
+
+    `fingerprint` tells the model's content: a registry that was made anew counts its versions from 1 again.
+    """
 
     name: str
     version: int
     data: str
     architecture: str = ""
     weights: str = ""
+    fingerprint: str = ""
+
+    @property
+    def identity(self) -> tuple[str, int, str]:
+        """Two champions of one identity are the same model."""
+        return (self.name, self.version, self.fingerprint)
 
 
 class ChampionSource(Protocol):
@@ -125,6 +134,7 @@ class ChampionFollower:
         self._state = FollowerState(model=None, failure=None, swaps=0, failed_swaps=0)
         self._refused: tuple[Champion, float] | None = None
         self._recalled = False
+        self._serving: Champion | None = None
 
     def current(self) -> LoadedModel:
         """The model that answers now. Take it once per request, so that the reply's version is the one that predicted.
@@ -183,13 +193,12 @@ class ChampionFollower:
             self._ending.wait(self._every)
 
     def _is_serving(self, champion: Champion) -> bool:
-        model = self._state.model
-        return model is not None and (model.name, model.version) == (champion.name, champion.version)
+        return self._serving is not None and self._serving.identity == champion.identity
 
     def _was_refused(self, champion: Champion) -> bool:
         return (
             self._refused is not None
-            and self._refused[0] == champion
+            and self._refused[0].identity == champion.identity
             and time.monotonic() - self._refused[1] < self._again_after
         )
 
@@ -228,7 +237,7 @@ class ChampionFollower:
             weights=champion.weights,
             loaded_at=datetime.now(UTC),
         )
-        self._refused = None
+        self._refused, self._serving = None, champion
         self._state = FollowerState(model, None, self._state.swaps + 1, self._state.failed_swaps)
         instead = f", instead of version {before.version}" if before else ""
         logger.info("%s version %d (%s) serves now%s.", model.name, model.version, model.data, instead)

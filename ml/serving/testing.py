@@ -3,6 +3,7 @@
 Unlike a mock it is real across processes: a test crowns a model in the folder while a server follows it.
 """
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,8 @@ class FolderSource:
         """Makes `onnx_path` the champion, in one step."""
         self._record.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._record.with_suffix(".new")
-        champion = Champion(name, version, data, architecture, weights)
+        fingerprint = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
+        champion = Champion(name, version, data, architecture, weights, fingerprint)
         fresh.write_text(json.dumps({"champion": asdict(champion), "path": str(onnx_path)}))
         fresh.replace(self._record)
 

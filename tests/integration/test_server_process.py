@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 from PIL import Image
 
 from ml.database import transaction
+from ml.registry.versions import Registry
 from ml.settings import PROJECT_ROOT
 from tests.conftest import free_port, stop, wait_until
 from tests.tiny_models import always, make_onnx
+from tests.tiny_versions import empty_registry, register_tiny, small_dataset
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -32,20 +35,16 @@ def command():
     ]
 
 
-@pytest.fixture
-def server(tmp_path, database_url):
-    """Started while the registry is away, on a machine that has served a champion before."""
-    model = make_onnx(tmp_path / "model.onnx", **always(3))
-    memory = tmp_path / "var" / "cache" / "serving" / "last_champion.json"
-    memory.parent.mkdir(parents=True)
-    memory.write_text(json.dumps({"name": "cifar10-classifier", "version": 4, "data": "SYNTHETIC", "path": str(model)}))
+@contextmanager
+def serving(tmp_path, database_url, **more):
+    """A running server, ready: its process, address and log file."""
     port = free_port()
     log = tmp_path / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command(),
             cwd=PROJECT_ROOT,
-            env=environment(tmp_path, API_PORT=str(port), MLOPS_DATABASE_URL=database_url),
+            env=environment(tmp_path, API_PORT=str(port), MLOPS_DATABASE_URL=database_url, **more),
             process_group=0,
             stdout=stream,
             stderr=stream,
@@ -64,6 +63,17 @@ def server(tmp_path, database_url):
         yield process, url, log
     finally:
         stop(process)
+
+
+@pytest.fixture
+def server(tmp_path, database_url):
+    """Started while the registry is away, on a machine that has served a champion before."""
+    model = make_onnx(tmp_path / "model.onnx", **always(3))
+    memory = tmp_path / "var" / "cache" / "serving" / "last_champion.json"
+    memory.parent.mkdir(parents=True)
+    memory.write_text(json.dumps({"name": "cifar10-classifier", "version": 4, "data": "SYNTHETIC", "path": str(model)}))
+    with serving(tmp_path, database_url) as running:
+        yield running
 
 
 def test_it_serves_logs_takes_feedback_and_writes_out_at_the_end(server, database_url):
@@ -88,8 +98,38 @@ def test_it_serves_logs_takes_feedback_and_writes_out_at_the_end(server, databas
     assert all(line.startswith("{") for line in log.read_text().splitlines())
 
 
+def test_it_follows_the_alias_in_a_real_registry(tmp_path, settings, mlflow_uri, database_url):
+    here = settings.model_copy(update={"mlflow_tracking_uri": mlflow_uri})
+    empty_registry(mlflow_uri)
+    dataset = small_dataset(here)
+    first = register_tiny(here, dataset, tmp_path / "a", model=always(1))
+    second = register_tiny(here, dataset, tmp_path / "b", model=always(9))
+    registry = Registry(mlflow_uri)
+    registry.set_alias("champion", first.version)
+    with serving(tmp_path, database_url, MLFLOW_TRACKING_URI=mlflow_uri) as (_, url, _):
+
+        def said():
+            reply = httpx.post(f"{url}/invocations", json={"inputs": np.zeros((1, 32, 32, 3)).tolist()})
+            return int(np.argmax(reply.json()["predictions"][0]))
+
+        assert said() == 1
+        registry.set_alias("champion", second.version)
+        wait_until(
+            lambda: httpx.get(f"{url}/v1/model").json()["version"] == second.version, seconds=30, what="the swap"
+        )
+        assert said() == 9
+        model = httpx.get(f"{url}/v1/model").json()
+        assert (model["data"], model["architecture"], model["weights"]) == ("SYNTHETIC", "baseline", "RANDOM WEIGHTS")
+        assert model["failure"] is None
+        registry.delete_alias("champion")
+        wait_until(lambda: httpx.get(f"{url}/v1/model").json()["failure"], seconds=30, what="the report")
+        assert said() == 9  # nobody else is champion: it goes on
+    fetched = sorted(p.name for p in (tmp_path / "var" / "cache" / "models").rglob("*") if p.is_file())
+    assert fetched == ["model.onnx", "model.onnx"]  # neither Keras files nor references
+
+
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("variables", "said"),
     [
         ({"API_HOST": "0.0.0.0", "MLOPS_DATABASE_URL": "postgresql://x"}, "PREDICTION_API_KEYS"),
         ({}, "MLOPS_DATABASE_URL"),
@@ -97,11 +137,11 @@ def test_it_serves_logs_takes_feedback_and_writes_out_at_the_end(server, databas
     ],
     ids=["open to the network", "no database", "wrong port"],
 )
-def test_it_refuses_to_start_and_says_why(tmp_path, settings, said):
+def test_it_refuses_to_start_and_says_why(tmp_path, variables, said):
     ended = subprocess.run(
         command(),
         cwd=PROJECT_ROOT,
-        env=environment(tmp_path, **settings),
+        env=environment(tmp_path, **variables),
         capture_output=True,
         text=True,
         timeout=120,

@@ -84,6 +84,14 @@ def test_a_new_champion_takes_over_and_an_old_one_may_come_back(stage):
     assert stage.follower.state().swaps == 3
 
 
+def test_a_registry_made_anew_counts_from_one_and_its_version_is_another_model(stage):
+    stage.crown(1, 4)
+    stage.follower.poll()
+    stage.crown(1, 5)
+    stage.follower.poll()
+    assert answers(stage.follower) == (1, 5)
+
+
 def test_a_request_keeps_the_model_that_it_began_with(stage):
     stage.crown(1, 4)
     stage.follower.poll()
