@@ -11,7 +11,14 @@ import pytest
 from ml.database import transaction
 from ml.errors import DatabaseUnavailable, InputInvalid, PredictionNotFound
 from ml.monitoring.image_statistics import STATISTIC_NAMES, image_statistics
-from ml.monitoring.prediction_log import NO_LABEL, LoggedPrediction, PredictionLog, read_window, record_feedback
+from ml.monitoring.prediction_log import (
+    _WRITERS_TAKE_TURNS,
+    NO_LABEL,
+    LoggedPrediction,
+    PredictionLog,
+    read_window,
+    record_feedback,
+)
 from ml.stack.migrations import migrate
 from tests.conftest import PostgresProcess
 
@@ -186,6 +193,16 @@ def test_a_schema_that_comes_later_loses_nothing(postgres):
     assert log.flush(20)
     assert rows(url) == [(4,)]
     log.close()
+
+
+def test_writers_take_turns_so_that_no_watermark_can_step_over_a_slower_one(log, database_url):
+    with transaction(database_url) as slower:
+        slower.cursor().execute(_WRITERS_TAKE_TURNS)
+        log.append(prediction())
+        assert not log.flush(0.5)
+        assert rows(database_url) == [(0,)]
+    assert log.flush()
+    assert rows(database_url) == [(1,)]
 
 
 def test_rows_that_can_never_be_written_do_not_hold_up_the_next(log, database_url):
