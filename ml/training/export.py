@@ -12,16 +12,16 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import onnx
 import onnxruntime
 
 from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
 from ml.errors import ModelInvalid, StorageError
+from ml.training.onnx_graph import onnx_graph
 
 logger = logging.getLogger(__name__)
 
 KERAS_FILE, ONNX_FILE = "model.keras", "model.onnx"
-OPSET = 18
-"""Newest opset that tf2onnx 1.17 writes; ONNX Runtime reads all older ones."""
 TOLERANCE = 1e-4
 """Largest allowed difference of a probability. Both compute in float32, in another order of sums."""
 
@@ -54,15 +54,8 @@ def export(model: keras.Model, folder: Path, images: np.ndarray) -> ExportedMode
             draft = Path(name)
             # A model without optimizer: its moments are twice the size of the weights, and nobody resumes from them.
             bare = keras.Model(model.inputs, model.outputs, name=model.name)
-            bare.predict_on_batch(np.zeros((1, *IMAGE_SHAPE), dtype=np.float32))  # an export needs one call before
             bare.save(draft / KERAS_FILE)
-            bare.export(
-                str(draft / ONNX_FILE),
-                format="onnx",
-                verbose=False,
-                opset_version=OPSET,
-                input_signature=[keras.InputSpec(shape=(None, *IMAGE_SHAPE), dtype="float32", name="image")],
-            )
+            onnx.save_model(onnx_graph(bare), draft / ONNX_FILE)
             difference, compared = compare(draft / KERAS_FILE, draft / ONNX_FILE, images)
             for file in (KERAS_FILE, ONNX_FILE):
                 shutil.move(draft / file, folder / file)
@@ -98,7 +91,7 @@ def compare(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[floa
     if not difference < TOLERANCE:  # NaN must fail, too
         raise ModelInvalid(
             f"Keras and ONNX disagree: probabilities differ by up to {difference:.2e}, allowed is {TOLERANCE:.0e}.",
-            fix="do not register this model; look for a layer that tf2onnx converts otherwise.",
+            fix="do not register this model; look for the layer that ml/training/onnx_graph.py computes otherwise.",
         )
     if np.abs(from_onnx.sum(axis=1) - 1).max() > 1e-3:
         raise ModelInvalid("The outputs do not add up to 1.", fix="the model must end in softmax.")

@@ -13,6 +13,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from ml.models.chain import chain_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,13 +24,10 @@ def split_at(model: keras.Model, layer_name: str) -> tuple[keras.Model, keras.Mo
     Raises:
         ValueError: the model is not a chain, so that what lies behind the layer needs more than its output.
     """
-    nodes = model._nodes_by_depth
-    if any(len(level) > 1 for level in nodes.values()) or len(nodes) != len(model.layers):
-        raise ValueError(f"{model.name} is not a chain of layers, so it cannot be cut in two")
-    cut = [layer.name for layer in model.layers].index(layer_name) + 1
-    # The first layer is the input's.
-    prefix = _chain(model.layers[1:cut], model.inputs[0], f"{model.name}_prefix")
-    return prefix, _chain(model.layers[cut:], prefix.outputs[0], f"{model.name}_tail")
+    steps = chain_of(model)
+    cut = [layer.name for layer in steps].index(layer_name) + 1
+    prefix = _chain(steps[:cut], model.inputs[0], f"{model.name}_prefix")
+    return prefix, _chain(steps[cut:], prefix.outputs[0], f"{model.name}_tail")
 
 
 def _chain(steps: list[layers.Layer], like: keras.KerasTensor, name: str) -> keras.Model:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from keras import layers
 
 from ml.datasets.manifest import Split
 from ml.errors import ModelInvalid, StorageError
@@ -14,6 +16,7 @@ from ml.models.specs import BaselineSpec
 from ml.serving.engine import Engine
 from ml.training.export import compare, export
 from ml.training.fit import TrainedModel, train
+from ml.training.onnx_graph import onnx_graph
 from ml.training.recipe import BaselineRecipe
 
 TINY = BaselineRecipe(name="tiny", epochs=1, learning_rate=0.01, model=BaselineSpec(filters=(8, 16), dense_units=16))
@@ -69,3 +72,46 @@ def test_a_folder_that_cannot_be_is_said(tmp_path: Path, validation_split: Split
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError):
         export(build(BaselineSpec(filters=(4,))), tmp_path / "file", validation_split.images)
+
+
+def test_the_graph_follows_every_setting_of_the_layers_it_knows(tmp_path: Path) -> None:
+    """Strides, uneven padding, no bias, no scale, an offset: against Keras on noise."""
+    keras.utils.set_random_seed(3)
+    image = keras.Input((32, 32, 3))
+    x = layers.Rescaling(1 / 127.5, offset=-1)(image)
+    x = layers.Conv2D(4, 3, strides=2, padding="same", use_bias=False)(x)
+    x = layers.BatchNormalization(scale=False)(x)
+    x = layers.Conv2D(5, (2, 4), padding="same", activation="relu")(x)
+    x = layers.Conv2D(6, 3, strides=3, padding="valid")(x)
+    x = layers.MaxPooling2D(2, padding="same")(x)
+    x = layers.Flatten()(x)
+    x = layers.BatchNormalization(center=False)(x)
+    x = layers.Dense(7, activation="relu", use_bias=False)(x)
+    model = keras.Model(image, layers.Dense(10, activation="softmax")(layers.Dropout(0.5)(x)))
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.set_weights([np.random.default_rng(1).uniform(0.5, 2, w.shape) for w in layer.get_weights()])
+    onnx.save_model(onnx_graph(model), tmp_path / "graph.onnx")
+    noise = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    assert np.abs(Engine(tmp_path / "graph.onnx").predict(noise) - model.predict(noise, verbose=0)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.LayerNormalization(name="odd"),
+        layers.Conv2D(3, 3, dilation_rate=2, name="odd"),
+        layers.Dense(3, activation="gelu", name="odd"),
+    ],
+)
+def test_a_layer_without_a_form_is_named(layer: layers.Layer) -> None:
+    image = keras.Input((32, 32, 3))
+    model = keras.Model(image, layers.Dense(10, activation="softmax")(layers.Flatten()(layer(image))))
+    with pytest.raises(ModelInvalid, match="'odd'"):
+        onnx_graph(model)
+
+
+def test_a_model_that_branches_is_refused() -> None:
+    image = keras.Input((32, 32, 3))
+    with pytest.raises(ModelInvalid, match="not a chain"):
+        onnx_graph(keras.Model(image, layers.Add()([layers.Conv2D(3, 1)(image), image])))
