@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,10 +85,14 @@ class PostgresProcess:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresProcess]:
-    server = PostgresProcess(tmp_path_factory.mktemp("postgres") / "data")
-    yield server
-    server.stop()
+def postgres() -> Iterator[PostgresProcess]:
+    # Not under pytest's own folder: whenever another session starts, pytest closes that to other users, and PostgreSQL
+    # is another user where the tests run as root (it then panics at its next checkpoint).
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        Path(folder).chmod(0o755)
+        server = PostgresProcess(Path(folder) / "data")
+        yield server
+        server.stop()
 
 
 @pytest.fixture
