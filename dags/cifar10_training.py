@@ -48,6 +48,8 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
 
             def work() -> dict[str, Any]:
                 recipe = load_recipe(architecture, request["recipe"])
+                # A retraining by the same seed on the same data would only make the same model again.
+                recipe = recipe.with_overrides(seed=recipe.seed + (request.get("retraining_id") or 0))
                 return workflow.train(load_settings(), architecture, request["dataset_id"], recipe)
 
             result = attempt(work)

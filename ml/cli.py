@@ -40,8 +40,13 @@ class Architecture(StrEnum):
     vgg16 = "vgg16"
 
 
-def _run(work: Callable[[Settings], dict[str, Any]], *, as_json: bool) -> None:
-    """Reads the settings, does the work, prints its result; errors become a message, a fix and an exit code."""
+def _run(
+    work: Callable[[Settings], dict[str, Any]],
+    *,
+    as_json: bool,
+    show: Callable[[dict[str, Any]], None] = lambda result: _print_result(result),
+) -> None:
+    """Reads the settings, does the work, shows its result; errors become a message, a fix and an exit code."""
     _log_to_stderr()
     try:
         result = work(load_settings())
@@ -50,7 +55,7 @@ def _run(work: Callable[[Settings], dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
     else:
-        _print_result(result)
+        show(result)
 
 
 def _fail(error: CifarError, *, as_json: bool) -> None:
@@ -213,7 +218,7 @@ def up(
             local.start_in_background(settings)
             return {"state": "running", "urls": urls(settings)}
         local.up(settings, on_ready=lambda: _announce(settings))
-        return {"state": "stopped"}
+        return {"state": "stopped", "urls": {}}
 
     _run(work, as_json=as_json)
 
@@ -245,12 +250,9 @@ def down(as_json: AsJson = False) -> None:
 def demo(as_json: AsJson = False) -> None:
     """Start the stack and run the whole loop once: ingest, train, promote, serve, drift, retrain."""
 
-    def work(settings: Settings) -> dict[str, Any]:
-        from ml.demo.loop import demo as workflow
+    from ml.demo import loop, report
 
-        return workflow(settings)
-
-    _run(work, as_json=as_json)
+    _run(loop.demo, as_json=as_json, show=report.print_table)
 
 
 def main() -> None:

@@ -119,6 +119,22 @@ class CifarClient:
         """
         self._ask("/v1/feedback", {"request_id": prediction.request_id, "index": prediction.index, "label": label}, {})
 
+    def model(self) -> dict[str, Any]:
+        """What the server says of the model it serves: name, version, alias, data and when it was loaded.
+
+        Raises:
+            ServiceUnavailable: when it does not answer, or has no model.
+        """
+        try:
+            reply = self._http.get("/v1/model", timeout=5)
+        except httpx.TransportError as error:
+            raise ServiceUnavailable(
+                f"The prediction server does not answer: {error}.", fix="start it (`make up`) and try again."
+            ) from error
+        if reply.is_error:
+            raise _refusal(reply)
+        return dict(reply.json())
+
     def ready(self) -> bool:
         """Whether a prediction would be answered now; False also where nobody listens."""
         try:

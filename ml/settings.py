@@ -15,6 +15,8 @@ from ml.errors import ConfigurationError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
+_WORDS = {"auto", "synthetic", "imagenet", "random"}
+
 
 class Settings(BaseSettings):
     """What an operator can set. Each field is the environment variable of the same name in capitals."""
@@ -54,6 +56,13 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(SecretStr(key.strip()) for key in value.split(",") if key.strip())
         return value
+
+    @field_validator("cifar10_source", "vgg16_weights")
+    @classmethod
+    def _make_absolute(cls, value: str) -> str:
+        # A relative path means the folder where the command was typed; Airflow's tasks run elsewhere.
+        is_path = value not in _WORDS and "://" not in value
+        return str(Path(value).expanduser().absolute()) if is_path else value
 
     @property
     def data_url(self) -> str:

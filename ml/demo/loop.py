@@ -16,7 +16,7 @@ from ml.client import CifarClient
 from ml.datasets.labels import CLASS_NAMES
 from ml.datasets.store import load_split, read_manifest
 from ml.demo.memory import PeakMemory
-from ml.demo.report import Report, print_table, write_json
+from ml.demo.report import Report, write_json
 from ml.errors import ComponentFailed
 from ml.evaluation.corruptions import corrupt
 from ml.settings import Settings
@@ -34,7 +34,6 @@ DAG_IDS = (INGEST, *TRAINERS.values(), PROMOTE, MONITOR)
 RECIPE = "demo"
 TEST_LIMIT = 2000
 WINDOW = 300
-BATCH = 50
 CORRUPTION, SEVERITY = "fog", 4
 PATIENCE_S = 1800.0
 SPEAK_EVERY_S = 5.0
@@ -66,7 +65,6 @@ def demo(settings: Settings) -> dict[str, Any]:
     elapsed = time.monotonic() - began
     content = report.finished(seconds=elapsed, peak_memory_mb=memory.megabytes, urls=urls(settings))
     write_json(settings.mlops_var_dir / "demo.json", content)
-    print_table(content, password=load_or_create(settings.mlops_var_dir).airflow_admin)
     return content
 
 
@@ -170,19 +168,17 @@ class _Loop:
         self._until(is_served, "the server to follow the champion", [])
 
     def _send(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """Sends images in batches and tells the right labels; returns what the server said of the first."""
-        first: dict[str, Any] = {}
-        for start in range(0, len(images), BATCH):
-            reply = self._client.predict(images[start : start + BATCH])
-            for index, label in enumerate(labels[start : start + BATCH]):
-                self._client.feedback(reply["request_id"], CLASS_NAMES[label], index=index)
-            first = first or {
-                "label": reply["predictions"][0]["label"],
-                "probability": reply["predictions"][0]["probability"],
-                "truth": CLASS_NAMES[labels[0]],
-                "model": reply["model"],
-            }
-        return first
+        """Sends images and tells the right labels; returns what the server said of the first."""
+        predictions = self._client.predict(images)
+        for prediction, label in zip(predictions, labels, strict=True):
+            self._client.feedback(prediction, CLASS_NAMES[label])
+        first = predictions[0]
+        return {
+            "label": first.label,
+            "probability": first.probability,
+            "truth": CLASS_NAMES[labels[0]],
+            "model": {"name": first.model_name, "version": first.model_version, "data": first.data},
+        }
 
     def _watch(self) -> dict[str, Any]:
         run = self._airflow.trigger(MONITOR, {"min_predictions": WINDOW // 2, "recipe": RECIPE})

@@ -50,9 +50,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def print_table(content: dict[str, Any], *, password: str) -> None:
-    """Shows the result on stderr, so that stdout stays free for `--json`."""
-    console = Console(stderr=True)
+def print_table(content: dict[str, Any]) -> None:
+    """Shows the result to a person."""
+    console = Console()
+    if not console.is_terminal:
+        # A log has no width; eighty columns would cut the table to pieces.
+        console = Console(width=130)
     dataset = content["dataset"]
     console.print(
         f"\n[bold]The loop ran in {content['seconds']:.0f} s[/] (peak memory {content['peak_memory_mb']} MB) on "
@@ -65,16 +68,21 @@ def print_table(content: dict[str, Any], *, password: str) -> None:
         mark = "champion" if is_champion else ""
         models.add_row(model["name"], str(model["version"]), model["weights"], *figures, str(model["n"]), mark)
     console.print(models)
-    drift = Table("window", "verdict", "p-value", "predictions", "live accuracy", "report")
+    drift = Table("window", "verdict", "p-value", "predictions", "live accuracy", "estimated without labels")
     for name, window in content["drift"].items():
         live = "" if window["live_accuracy"] is None else f"{window['live_accuracy']:.3f}"
         shown = f"{name}: {window['corruption']} {window['severity']}" if "corruption" in window else name
-        drift.add_row(shown, window["verdict"], f"{window['p_value']:.2e}", str(window["n"]), live, window["report"])
+        p_value = "" if window["p_value"] is None else f"{window['p_value']:.2g}"
+        estimated = "" if window["estimated_accuracy"] is None else f"{window['estimated_accuracy']:.3f}"
+        drift.add_row(shown, window["verdict"], p_value, str(window["n"]), live, estimated)
     console.print(drift)
+    for name, window in content["drift"].items():
+        console.print(f"  report of the {name} window: {window['report']}", markup=False, soft_wrap=True)
     retraining = content["retraining"]
-    console.print(f"Retraining: {retraining['reason']}", markup=False)
+    state = f"{retraining['dag_id']} was started" if retraining["due"] else "none was started"
+    console.print(f"Retraining: {state}: {retraining['reason']}", markup=False)
     console.print("\n[bold]Have a look[/] (the stack runs on; `make down` stops it)")
     for name, url in content["urls"].items():
-        note = f"   user admin, password {password}" if name == "airflow" else ""
-        console.print(f"  {name:12} {url}{note}")
+        note = "   user admin; the password is airflow_admin in var/secrets.json" if name == "airflow" else ""
+        console.print(f"  {name:12} {url}{note}", soft_wrap=True)
     console.print()

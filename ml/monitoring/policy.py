@@ -85,8 +85,8 @@ def retraining_decision(
         return RetrainingDecision(
             False, f"cool-down until {_clock(latest + cooldown)} (the last one was asked for at {_clock(latest)})"
         )
-    last_words = "none was made before" if latest is None else f"the last one was asked for at {_clock(latest)}"
-    return RetrainingDecision(True, f"the window drifted and {last_words}")
+    before = "no retraining was asked for before" if latest is None else f"the last was asked for at {_clock(latest)}"
+    return RetrainingDecision(True, f"the window drifted, and {before}")
 
 
 def _clock(moment: datetime) -> str:

@@ -165,8 +165,6 @@ def units(settings: Settings, secrets: Secrets) -> list[Unit]:
 
 
 def _base_environment(settings: Settings, secrets: Secrets) -> dict[str, str]:
-    source = Path(settings.cifar10_source).expanduser()
-    weights = Path(settings.vgg16_weights).expanduser()
     return (
         dict(os.environ)
         | shared_environment(settings, secrets)
@@ -174,9 +172,8 @@ def _base_environment(settings: Settings, secrets: Secrets) -> dict[str, str]:
             STACK_MARK: str(settings.mlops_var_dir),
             "MLOPS_VAR_DIR": str(settings.mlops_var_dir),
             "MLOPS_ALLOW_STAND_IN": str(settings.mlops_allow_stand_in),
-            # A relative path means the folder where the command was typed; the tasks run elsewhere.
-            "CIFAR10_SOURCE": str(source.resolve()) if source.exists() else settings.cifar10_source,
-            "VGG16_WEIGHTS": str(weights.resolve()) if weights.exists() else settings.vgg16_weights,
+            "CIFAR10_SOURCE": settings.cifar10_source,
+            "VGG16_WEIGHTS": settings.vgg16_weights,
             "PYTHONUNBUFFERED": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             # Nothing here phones home.

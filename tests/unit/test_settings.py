@@ -62,3 +62,14 @@ def test_settings_cannot_be_changed():
 def test_an_empty_variable_is_as_good_as_none(monkeypatch):
     monkeypatch.setenv("API_PORT", "")
     assert load_settings().api_port == 8000
+
+
+def test_a_relative_source_means_the_folder_of_the_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for given, kept in [
+        ("data/cifar.tar.gz", str(tmp_path / "data" / "cifar.tar.gz")),
+        ("synthetic", "synthetic"),
+        ("https://example.org/cifar.tar.gz", "https://example.org/cifar.tar.gz"),
+    ]:
+        monkeypatch.setenv("CIFAR10_SOURCE", given)
+        assert load_settings().cifar10_source == kept
