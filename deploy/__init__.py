@@ -1,0 +1,1 @@
+"""What runs beside the library: the Flask server, PostgreSQL migrations, container files."""

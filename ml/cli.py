@@ -44,7 +44,7 @@ def _run(
     work: Callable[[Settings], dict[str, Any]],
     *,
     as_json: bool,
-    show: Callable[[dict[str, Any]], None] = lambda result: _print_result(result),
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Reads the settings, does the work, shows its result; errors become a message, a fix and an exit code."""
     _log_to_stderr()
@@ -55,7 +55,7 @@ def _run(
     if as_json:
         print(json.dumps(result))
     else:
-        show(result)
+        (show or _print_result)(result)
 
 
 def _fail(error: CifarError, *, as_json: bool) -> None:
@@ -132,10 +132,12 @@ def train(
     def work(settings: Settings) -> dict[str, Any]:
         from ml.datasets.store import latest_dataset_id
         from ml.training.recipe import load_recipe
-        from ml.workflows.train import train as workflow
 
         chosen = load_recipe(architecture.value, recipe)
         dataset_id = dataset or latest_dataset_id(settings.data_url)
+        # After what can be refused at once: it imports TensorFlow, which takes ten seconds.
+        from ml.workflows.train import train as workflow
+
         return workflow(settings, architecture.value, dataset_id, chosen)
 
     _run(work, as_json=as_json)

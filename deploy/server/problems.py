@@ -28,7 +28,7 @@ CONTENT_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
 
 
-class NotAuthorised(CifarError):  # noqa: N818 - named like its relatives in ml.errors
+class NotAuthorised(CifarError):
     """No key, a wrong key, or, where no keys are set, a caller that is not on this machine."""
 
 

@@ -25,7 +25,7 @@ _PROGRESS_SECONDS = 5.0
 _BY_HAND = "download it by hand, set CIFAR10_SOURCE to the file, or set CIFAR10_SOURCE=synthetic to go on without it"
 
 
-class _Interrupted(Exception):  # noqa: N818 - not an error yet: the next attempt goes on from here
+class _Interrupted(Exception):
     """An attempt ended early; the reason is its text."""
 
 

@@ -28,6 +28,7 @@ PR_SET_CHILD_SUBREAPER = 36
 STARTS_BEFORE_GIVING_UP = 3
 LONGEST_PAUSE_S = 30.0
 HEALTHY_AFTER_S = 60.0
+REAP_EVERY_S = 2.0
 
 State = Literal["waiting", "starting", "running", "done", "restarting", "failed", "stopped"]
 
@@ -89,6 +90,7 @@ class Supervisor:
         self._changed = threading.Condition(threading.RLock())
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._keep, args=(unit,), daemon=True) for unit in units]
+        self._threads.append(threading.Thread(target=self._reap_adopted, daemon=True))
 
     def start(self) -> None:
         """Starts everything; returns at once."""
@@ -224,6 +226,15 @@ class Supervisor:
         kill_group(process.pid)
         process.wait()
         self._set(service.name, "stopped")
+
+    def _reap_adopted(self) -> None:
+        # An adopted orphan that ends stays a zombie until its new parent asks for its exit code.
+        while not self._stopping.wait(REAP_EVERY_S):
+            own = {process.pid for process in self._processes.values()}
+            for child in psutil.Process().children():
+                with suppress(psutil.Error, ChildProcessError):
+                    if child.pid not in own and child.status() == psutil.STATUS_ZOMBIE:
+                        os.waitpid(child.pid, os.WNOHANG)
 
     # --- the whole -------------------------------------------------------------------------------------------------
 

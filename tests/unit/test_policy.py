@@ -45,7 +45,7 @@ def test_only_drift_alerts():
 @pytest.mark.parametrize(
     ("word", "history", "due", "reason"),
     [
-        ("drift", [], True, "none was made before"),
+        ("drift", [], True, "no retraining was asked for before"),
         ("stable", [], False, "stable, not drift"),
         ("insufficient", [], False, "insufficient, not drift"),
         ("drift", [past(1, finished=False)], False, "one is running since 2026-05-01 11:00:00+00:00"),

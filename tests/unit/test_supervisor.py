@@ -4,12 +4,14 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 
 from ml.errors import ComponentFailed
 from ml.stack.supervisor import Job, Service, Supervisor
+from tests.conftest import wait_until
 
 FOREVER = "import time; time.sleep(600)"
 
@@ -133,13 +135,27 @@ time.sleep(600)
 def test_stop_ends_a_process_that_will_not_and_a_child_that_left_its_group(supervise, service, tmp_path, record):
     told = tmp_path / "child"
     unit = service("stubborn", STUBBORN, ready=lambda: told.exists() and told.read_text() != "", patience_s=0.5)
-    unit = Service(**{**unit.__dict__, "command": (*unit.command, str(told))})
-    supervisor = supervise(unit)
+    supervisor = supervise(replace(unit, command=(*unit.command, str(told))))
     supervisor.wait_ready()
     pids = [record.wait_for("stubborn", "starting").pid, int(told.read_text())]
     assert all(psutil.pid_exists(pid) for pid in pids)
     supervisor.stop()
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+ORPHANING = """
+import subprocess, sys, time
+subprocess.run([sys.executable, "-c", "import subprocess, sys; print(subprocess.Popen(['sleep', '0.2']).pid)"],
+               stdout=open(sys.argv[1], "w"))
+time.sleep(600)
+"""
+
+
+def test_an_orphan_that_ends_is_not_left_a_zombie(supervise, service, tmp_path):
+    told = tmp_path / "orphan"
+    unit = service("orphaning", ORPHANING, ready=lambda: told.exists() and told.read_text() != "")
+    supervise(replace(unit, command=(*unit.command, str(told)))).wait_ready()
+    wait_until(lambda: not psutil.pid_exists(int(told.read_text())), seconds=15, what="the orphan's end")
 
 
 def test_a_stop_in_mid_start_leaves_nothing(supervise, service, record):

@@ -76,8 +76,10 @@ CREATE UNIQUE INDEX one_retraining_at_a_time ON retrainings ((true)) WHERE finis
 
 
 def upgrade() -> None:
+    """Makes the tables."""
     op.execute(SCHEMA)
 
 
 def downgrade() -> None:
+    """Drops them."""
     op.execute("DROP TABLE retrainings, alerts, monitor_windows, feedback, predictions")

@@ -1,0 +1,89 @@
+"""The command as a program sees it: one JSON object on stdout, progress on stderr, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ["ingest", "train", "promote", "rollback", "monitor", "status", "up", "down", "demo"]
+
+
+@pytest.fixture
+def cifar10(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLOPS_", "MLFLOW_"))}
+    environment |= {"MLOPS_VAR_DIR": str(tmp_path), "CIFAR10_SOURCE": "synthetic", "MLFLOW_PORT": "9"}
+
+    def run(*arguments, **changes):
+        command = [sys.executable, "-m", "ml.cli", *arguments]
+        return subprocess.run(command, env=environment | changes, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(cifar10, command):
+    done = cifar10(command, "--help")
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nosuch"], ["train", "resnet"], ["ingest", "--nosuch"], ["promote", "--test-limit", "0"]]
+)
+def test_bad_usage_exits_with_2(cifar10, arguments):
+    done = cifar10(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+
+
+def test_a_wrong_setting_is_bad_usage_and_named(cifar10):
+    done = cifar10("status", "--json", API_PORT="none")
+    assert done.returncode == 2
+    assert "API_PORT" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_json_is_one_object_on_stdout_and_progress_is_on_stderr(cifar10):
+    done = cifar10("ingest", "--no-explore", "--no-csv", "--json")
+    assert done.returncode == 0
+    result = json.loads(done.stdout)
+    assert (result["data"], result["created"]) == ("SYNTHETIC", True)
+    assert done.stderr != ""
+    assert json.loads(cifar10("ingest", "--no-explore", "--no-csv", "--json").stdout)["created"] is False
+
+
+def test_work_that_fails_exits_with_1_and_says_the_fix(cifar10):
+    done = cifar10("ingest", "--source", "/nowhere/cifar.tar.gz", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["type"] == "SourceNotFound"
+    spoken = cifar10("ingest", "--source", "/nowhere/cifar.tar.gz")
+    assert spoken.returncode == 1
+    assert spoken.stdout == ""
+    assert "Fix" in spoken.stderr
+
+
+def test_a_training_without_a_dataset_says_how_to_get_one(cifar10):
+    done = cifar10("train", "baseline", "--recipe", "demo", "--json")
+    assert done.returncode == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["type"] == "DatasetNotFound"
+    assert "cifar10 ingest" in error["fix"]
+
+
+def test_an_unknown_recipe_is_refused_naming_those_there_are(cifar10):
+    done = cifar10("train", "baseline", "--recipe", "reprot", "--json")
+    assert done.returncode == 2
+    error = json.loads(done.stdout)["error"]
+    assert "report" in error["message"] + error["fix"]
+
+
+def test_without_a_stack_status_says_down_and_down_is_no_error(cifar10):
+    assert json.loads(cifar10("status", "--json").stdout)["state"] == "down"
+    assert json.loads(cifar10("down", "--json").stdout) == {"stopped": False, "swept": 0}
+
+
+def test_the_registry_away_is_could_not_ask(cifar10):
+    done = cifar10("rollback", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["type"] == "RegistryUnavailable"
