@@ -135,6 +135,11 @@ class _Loop:
             "test": manifest.counts["test"],
         }
         logger.info("dataset %s: %s, %s", dataset_id, manifest.data, manifest.counts)
+        if manifest.data == "SYNTHETIC":
+            logger.warning(
+                "SYNTHETIC: these are generated images, so every figure below is about them and not about CIFAR-10. "
+                "For the real ones set CIFAR10_SOURCE to cifar-10-python.tar.gz, or let this machine reach its download."
+            )
 
     def _await_promotions(self, trained: dict[str, dict[str, Any]]) -> None:
         judged: dict[int, dict[str, Any]] = {}
