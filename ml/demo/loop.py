@@ -137,8 +137,8 @@ class _Loop:
         logger.info("dataset %s: %s, %s", dataset_id, manifest.data, manifest.counts)
         if manifest.data == "SYNTHETIC":
             logger.warning(
-                "SYNTHETIC: these are generated images, so every figure below is about them and not about CIFAR-10. "
-                "For the real ones set CIFAR10_SOURCE to cifar-10-python.tar.gz, or let this machine reach its download."
+                "SYNTHETIC: these are generated images; every figure below is about them, not about CIFAR-10. "
+                "For the real ones set CIFAR10_SOURCE to its tar.gz, or let this machine reach the download."
             )
 
     def _await_promotions(self, trained: dict[str, dict[str, Any]]) -> None:
