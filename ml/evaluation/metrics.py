@@ -1,16 +1,15 @@
 """How good a set of predictions is, as a pure function of labels and probabilities. Plots and decisions are others'."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from ml.datasets.labels import CLASS_NAMES, NUM_CLASSES
 from ml.errors import InputInvalid
 
 CALIBRATION_BINS = 15
-_Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 _FLOOR = 1e-7  # as Keras clips (keras.config.epsilon), so that one confident miss does not make the mean infinite
 
 
@@ -93,19 +92,16 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
     )
 
 
-def wilson_interval(successes: int, n: int, z: float = _Z_95) -> tuple[float, float]:
-    """Interval of a proportion that keeps within 0..1 and holds its level at small n (Wilson 1927).
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion that keeps within 0..1 and holds its level at small n (Wilson 1927).
 
     Raises:
         InputInvalid: n < 1, or successes outside 0..n.
     """
     if n < 1 or not 0 <= successes <= n:
         raise InputInvalid(f"{successes} successes in {n} trials.", fix="give 0 <= successes <= n and n >= 1.")
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = CALIBRATION_BINS) -> float:

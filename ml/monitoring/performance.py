@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ml.evaluation.metrics import wilson_interval
 from ml.monitoring.prediction_log import NO_LABEL
-
-Z_95 = 1.959963984540054
-"""The normal distribution's 97.5 % quantile: a two-sided 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,3 @@ def live_performance(class_ids: np.ndarray, probabilities: np.ndarray, labels: n
         interval=wilson_interval(correct, labelled) if labelled else None,
         estimated_accuracy=estimate if math.isfinite(estimate) else None,
     )
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion, within 0..1 and sound for small n and for shares of 0 and 1.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-
-    Raises:
-        ValueError: unless 0 <= successes <= n and n >= 1.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n} is no proportion")
-    share, z2 = successes / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)

@@ -2,22 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from ml.monitoring.performance import live_performance, wilson_interval
+from ml.evaluation.metrics import wilson_interval
+from ml.monitoring.performance import live_performance
 from ml.monitoring.prediction_log import NO_LABEL
-
-
-@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 10), (480, 1000)])
-def test_wilson_is_scipys(successes, n):
-    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
-def test_no_proportion_is_refused(successes, n):
-    with pytest.raises(ValueError, match="no proportion"):
-        wilson_interval(successes, n)
 
 
 def test_only_labelled_predictions_are_measured():
