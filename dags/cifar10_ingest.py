@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow.sdk import Param, dag, task
 
-from dags.cifar10_shared import DATASET, RECIPE_PARAM, RETRIES, TEST_LIMIT_PARAM, attempt
+from dags.cifar10_shared import DATASET, NEW_LINEAGE_PARAM, RECIPE_PARAM, RETRIES, TEST_LIMIT_PARAM, attempt
 
 
 @dag(
@@ -30,6 +30,7 @@ from dags.cifar10_shared import DATASET, RECIPE_PARAM, RETRIES, TEST_LIMIT_PARAM
         ),
         "recipe": RECIPE_PARAM,
         "test_limit": TEST_LIMIT_PARAM,
+        "new_lineage": NEW_LINEAGE_PARAM,
         "export_csv": Param(True, type="boolean", title="Export CSV", description="About 60,000 rows, gzip."),
     },
 )
@@ -40,7 +41,7 @@ def cifar10_ingest() -> None:
         from ml.workflows import ingest as workflow
 
         result = attempt(lambda: workflow.ingest(load_settings(), params["source"]))
-        asked = {name: params[name] for name in ("recipe", "test_limit") if params[name] is not None}
+        asked = {name: params[name] for name in ("recipe", "test_limit", "new_lineage") if params[name] is not None}
         outlet_events[DATASET].extra = {"dataset_id": result["dataset_id"], **asked}
         return result
 

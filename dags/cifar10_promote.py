@@ -8,11 +8,12 @@ version in MLflow. The prediction server follows the alias.
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import Param, dag, task
+from airflow.sdk import dag, task
 
 from dags.cifar10_shared import (
     BASELINE_CANDIDATE,
     DATASET_PARAM,
+    NEW_LINEAGE_PARAM,
     RETRIES,
     TEST_LIMIT_PARAM,
     VGG16_CANDIDATE,
@@ -31,12 +32,7 @@ from dags.cifar10_shared import (
     params={
         "dataset_id": DATASET_PARAM,
         "test_limit": TEST_LIMIT_PARAM,
-        "new_lineage": Param(
-            False,
-            type="boolean",
-            title="New lineage",
-            description="Let a model of this dataset replace a champion that was trained on another one.",
-        ),
+        "new_lineage": NEW_LINEAGE_PARAM,
     },
 )
 def cifar10_promote() -> None:

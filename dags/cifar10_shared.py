@@ -39,6 +39,13 @@ TEST_LIMIT_PARAM = Param(
     None, type=["null", "integer"], minimum=100, title="Test images", description="Judge on so many; empty: on all."
 )
 
+NEW_LINEAGE_PARAM = Param(
+    None,
+    type=["null", "boolean"],
+    title="New lineage",
+    description="Let a model of this dataset replace a champion that was trained on another one.",
+)
+
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Does the work; what trying again can mend is retried, everything else fails at once."""

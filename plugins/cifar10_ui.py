@@ -42,6 +42,8 @@ async def _champion(client: httpx.AsyncClient) -> str:
         answer = await client.get(f"{PREDICTIONS}/v1/model")
     except httpx.TransportError:
         return "unknown: the prediction server does not answer"
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        return "known to callers with a key only"
     if not answer.is_success:
         return "none yet: trigger cifar10_ingest, training and promotion follow"
     model = answer.json()
