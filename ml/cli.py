@@ -233,7 +233,8 @@ def _announce(settings: Settings) -> None:
     console.print("\n[bold green]The stack is ready.[/] Ctrl-C stops all of it.")
     for name, url in urls(settings).items():
         console.print(f"  {name:12} {url}")
-    console.print(f"  Airflow's user is admin, its password {load_or_create(settings.mlops_var_dir).airflow_admin}\n")
+    password = load_or_create(settings.mlops_var_dir).airflow_admin
+    console.print(f"  Airflow's user is admin, its password {password}\n", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -29,10 +29,10 @@ def load_or_create(folder: Path) -> Secrets:
     path = folder / "secrets.json"
     if path.exists():
         return Secrets.model_validate_json(path.read_text())
-    made = Secrets(
-        **{name: secrets.token_urlsafe(48) for name in Secrets.model_fields if name != "airflow_fernet"},
-        airflow_fernet=base64.urlsafe_b64encode(os.urandom(32)).decode(),
-    )
+    generated = {name: secrets.token_urlsafe(48) for name in Secrets.model_fields}
+    generated["airflow_fernet"] = base64.urlsafe_b64encode(os.urandom(32)).decode()
+    generated["airflow_admin"] = secrets.token_urlsafe(12)  # people type it
+    made = Secrets(**generated)
     write_private(path, made.model_dump_json(indent=2))
     return made
 
