@@ -52,6 +52,11 @@ def _run(
         result = work(load_settings())
     except CifarError as error:
         _fail(error, as_json=as_json)
+    except Exception as error:
+        # A fault of ours: the trace for us, and still one JSON object for a program that waits for it.
+        logging.getLogger("ml").exception("An error that this program did not foresee")
+        unforeseen = CifarError(f"{type(error).__name__}: {error}", fix="report it with the trace on stderr.")
+        _fail(unforeseen, as_json=as_json)
     if as_json:
         print(json.dumps(result))
     else:
@@ -227,14 +232,14 @@ def up(
 
 def _announce(settings: Settings) -> None:
     from ml.stack.components import urls
-    from ml.stack.secret_store import load_or_create
 
     console = Console(stderr=True)
     console.print("\n[bold green]The stack is ready.[/] Ctrl-C stops all of it.")
     for name, url in urls(settings).items():
         console.print(f"  {name:12} {url}")
-    password = load_or_create(settings.mlops_var_dir).airflow_admin
-    console.print(f"  Airflow's user is admin, its password {password}\n", soft_wrap=True, highlight=False)
+    # Not the password itself: in the background this goes into a log.
+    secrets_file = settings.mlops_var_dir / "secrets.json"
+    console.print(f"  Airflow's user is admin; the password is airflow_admin in {secrets_file}\n", soft_wrap=True)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from ml.errors import ConfigurationError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
-_WORDS = {"auto", "synthetic", "imagenet", "random"}
+_WORDS = {"", "auto", "synthetic", "imagenet", "random"}
 
 
 class Settings(BaseSettings):
@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     cifar10_source: str = "auto"
     vgg16_weights: str = "auto"
     mlops_allow_stand_in: bool = False
-    """Only `make demo` sets it: lets `auto` fall back to generated data and random weights, labelled as such."""
+    """Set for a demo's runs alone: lets `auto` fall back to generated data and random weights, labelled as such."""
     mlops_data_url: str = ""
     mlops_database_url: SecretStr | None = None
     mlflow_tracking_uri: str = ""
@@ -57,7 +57,12 @@ class Settings(BaseSettings):
             return tuple(SecretStr(key.strip()) for key in value.split(",") if key.strip())
         return value
 
-    @field_validator("cifar10_source", "vgg16_weights")
+    @field_validator("mlops_var_dir")
+    @classmethod
+    def _make_var_absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("cifar10_source", "vgg16_weights", "mlops_data_url")
     @classmethod
     def _make_absolute(cls, value: str) -> str:
         # A relative path means the folder where the command was typed; Airflow's tasks run elsewhere.

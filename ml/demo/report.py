@@ -1,7 +1,6 @@
 """What the demo tells at its end: `var/demo.json` for programs, a table for people."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ml.files import write_whole
 from ml.stack.airflow_api import DagRun
 
 
@@ -45,9 +45,7 @@ class Report:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def print_table(content: dict[str, Any]) -> None:

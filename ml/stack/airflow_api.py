@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -33,7 +35,7 @@ class AirflowApi:
     def __init__(self, base_url: str, user: str, password: str) -> None:
         self.base_url = base_url
         self._login = {"username": user, "password": password}
-        self._http = httpx.Client(base_url=base_url, timeout=20)
+        self._http = httpx.Client(base_url=base_url, timeout=20, trust_env=False)
         self._token = ""
 
     def is_healthy(self, part: str) -> bool:
@@ -64,8 +66,11 @@ class AirflowApi:
 
     def trigger(self, dag_id: str, conf: Mapping[str, Any]) -> DagRun:
         """Starts a run, as the trigger form does."""
-        body = {"logical_date": None, "conf": dict(conf)}
-        return _dag_run(self._call("POST", f"/api/v2/dags/{dag_id}/dagRuns", body))
+        # An id of our own: an answer that is lost, and asked for again, starts no second run.
+        run_id = f"api__{datetime.now(UTC).isoformat(timespec='seconds')}__{uuid4().hex[:8]}"
+        body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(conf)}
+        self._call("POST", f"/api/v2/dags/{dag_id}/dagRuns", body, accept=(httpx.codes.CONFLICT,))
+        return _dag_run(self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{quote(run_id, safe='')}"))
 
     def runs(self, dag_id: str) -> list[DagRun]:
         """The runs of a DAG, newest first."""
@@ -89,9 +94,7 @@ class AirflowApi:
         """The newest line that a running task has logged through `ml`; empty where there is none yet."""
         for task in self._task_instances(run):
             if task["state"] == "running" and task["try_number"]:
-                path = f"{_path(run)}/taskInstances/{task['task_id']}/logs/{task['try_number']}"
-                lines = self._call("GET", path)["content"]
-                spoken = [line for line in lines if isinstance(line, dict) and line.get("logger", "").startswith("ml.")]
+                spoken = [line for line in self._log(run, task) if line.get("logger", "").startswith("ml.")]
                 if spoken:
                     return str(spoken[-1]["event"])
         return ""
@@ -103,11 +106,21 @@ class AirflowApi:
             ComponentFailed: names the tasks that failed and where their logs are.
         """
         if run.state != "success":
-            failed = [name for name, state in self.tasks(run).items() if state == "failed"]
+            failed = [task for task in self._task_instances(run) if task["state"] == "failed"]
+            told = "; ".join(f"{task['task_id']}: {self._why(run, task)}" for task in failed)
             raise ComponentFailed(
-                f"{run.dag_id} {run.state} in {', '.join(failed) or 'no task'}.",
-                fix=f"read the task's log at {self.base_url}/dags/{run.dag_id}/runs/{run.run_id}.",
+                f"{run.dag_id} ({run.run_id}) {run.state}. {told}",
+                fix="mend what the task says; its whole log lies under var/log/airflow-tasks.",
             )
+
+    def _why(self, run: DagRun, task: Mapping[str, Any]) -> str:
+        """The exception that ended a task, from its log."""
+        details = [detail for line in self._log(run, task) for detail in line.get("error_detail") or []]
+        return str(details[-1].get("exc_value")) if details else "its log names no error"
+
+    def _log(self, run: DagRun, task: Mapping[str, Any]) -> list[dict[str, Any]]:
+        path = f"{_path(run)}/taskInstances/{task['task_id']}/logs/{task['try_number']}"
+        return [line for line in self._call("GET", path)["content"] if isinstance(line, dict)]
 
     def _task_instances(self, run: DagRun) -> list[dict[str, Any]]:
         return list(self._call("GET", f"{_path(run)}/taskInstances")["task_instances"])

@@ -4,6 +4,7 @@ The only place that knows how each is configured. All listen on 127.0.0.1, all s
 database and a role each.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -14,12 +15,13 @@ from pathlib import Path
 import httpx
 
 from ml.database import connect
-from ml.errors import ComponentFailed, DatabaseUnavailable
+from ml.errors import ComponentFailed, ConfigurationError, DatabaseUnavailable
+from ml.files import write_whole
 from ml.settings import PROJECT_ROOT, Settings
 from ml.stack.airflow_api import AirflowApi
 from ml.stack.migrations import migrate
 from ml.stack.postgres import Cluster, ensure_database
-from ml.stack.secret_store import Secrets, write_private_json
+from ml.stack.secret_store import OWNER_ONLY, Secrets
 from ml.stack.supervisor import Job, Service, Unit, tail
 
 STACK_MARK = "MLOPS_STACK"
@@ -67,6 +69,26 @@ def shared_environment(settings: Settings, secrets: Secrets) -> dict[str, str]:
         "REPORTS_PORT": str(settings.reports_port),
         "POSTGRES_PORT": str(settings.postgres_port),
     }
+
+
+def require_own_addresses(settings: Settings, secrets: Secrets) -> None:
+    """Checks that the settings name no other database or registry: the commands would use those, the stack its own.
+
+    Raises:
+        ConfigurationError: names the setting.
+    """
+    own = shared_environment(settings, secrets)
+    url = settings.mlops_database_url
+    given = {
+        "MLOPS_DATABASE_URL": None if url is None else url.get_secret_value(),
+        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri or None,
+    }
+    foreign = [name for name, value in given.items() if value not in (None, own[name])]
+    if foreign:
+        raise ConfigurationError(
+            f"The local stack brings its own PostgreSQL and MLflow, but {' and '.join(foreign)} names another.",
+            fix="unset it for the local stack, or use the services it names without `make up` and `make demo`.",
+        )
 
 
 def airflow_api(settings: Settings, secrets: Secrets) -> AirflowApi:
@@ -171,11 +193,13 @@ def _base_environment(settings: Settings, secrets: Secrets) -> dict[str, str]:
         | {
             STACK_MARK: str(settings.mlops_var_dir),
             "MLOPS_VAR_DIR": str(settings.mlops_var_dir),
-            "MLOPS_ALLOW_STAND_IN": str(settings.mlops_allow_stand_in),
             "CIFAR10_SOURCE": settings.cifar10_source,
             "VGG16_WEIGHTS": settings.vgg16_weights,
             "PYTHONUNBUFFERED": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
+            # The parts talk to each other on this machine, never through a proxy.
+            "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), LOOPBACK, "localhost"])),
+            "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), LOOPBACK, "localhost"])),
             # Nothing here phones home.
             "DO_NOT_TRACK": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -189,7 +213,7 @@ def _base_environment(settings: Settings, secrets: Secrets) -> dict[str, str]:
 def _airflow_environment(settings: Settings, secrets: Secrets) -> dict[str, str]:
     home = settings.mlops_var_dir / "airflow"
     passwords = home / "passwords.json"
-    write_private_json(passwords, {"admin": secrets.airflow_admin})
+    write_whole(passwords, json.dumps({"admin": secrets.airflow_admin}), mode=OWNER_ONLY)
     database = cluster(settings, secrets).url("airflow", user="airflow", password=secrets.airflow_database)
     address = urls(settings)["airflow"]
     options = {
@@ -250,6 +274,6 @@ def _accepts(postgres: Cluster) -> bool:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=2, follow_redirects=True).is_success
+        return httpx.get(url, timeout=2, follow_redirects=True, trust_env=False).is_success
     except httpx.TransportError:
         return False

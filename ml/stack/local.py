@@ -22,10 +22,11 @@ from typing import Any
 import psutil
 
 from ml.errors import ComponentFailed, StackError
+from ml.files import write_whole
 from ml.settings import PROJECT_ROOT, Settings, load_settings, stack_env_file
 from ml.stack import components
 from ml.stack.ports import require_free
-from ml.stack.secret_store import load_or_create, write_private, write_private_json
+from ml.stack.secret_store import OWNER_ONLY, load_or_create
 from ml.stack.supervisor import Status, Supervisor, kill_all, tail
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,12 @@ def up(settings: Settings, on_ready: Callable[[], None]) -> None:
     """
     with _only_one(settings):
         sweep(settings)
-        require_free(components.ports(settings))
         secrets = load_or_create(settings.mlops_var_dir)
+        components.require_own_addresses(settings, secrets)
+        require_free(components.ports(settings))
         environment = components.shared_environment(settings, secrets)
-        env_file = "".join(f"{name}={value}\n" for name, value in environment.items())
-        write_private(stack_env_file(settings.mlops_var_dir), env_file)
+        env_file = "".join(f"{name}='{value}'\n" for name, value in environment.items())
+        write_whole(stack_env_file(settings.mlops_var_dir), env_file, mode=OWNER_ONLY)
         state = _StateFile(settings)
         supervisor = Supervisor(components.units(settings, secrets), state.record)
         asked_to_stop = threading.Event()
@@ -57,7 +59,7 @@ def up(settings: Settings, on_ready: Callable[[], None]) -> None:
             asked_to_stop.set()
             supervisor.ask_to_stop()
 
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, ask_to_stop)
         try:
             supervisor.start()
@@ -69,7 +71,7 @@ def up(settings: Settings, on_ready: Callable[[], None]) -> None:
         finally:
             logger.info("stopping")
             supervisor.stop()
-            state.remove()
+            _forget(settings)
 
 
 def start_in_background(settings: Settings) -> None:
@@ -78,6 +80,7 @@ def start_in_background(settings: Settings) -> None:
     Raises:
         PortTaken, ComponentFailed: as `up`.
     """
+    components.require_own_addresses(settings, load_or_create(settings.mlops_var_dir))
     require_free(components.ports(settings))
     log = settings.mlops_var_dir / "log" / "stack.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -143,14 +146,19 @@ def sweep(settings: Settings) -> int:
     """Ends what a supervisor that was killed left running; returns how many processes that were."""
     left = processes(settings)
     kill_all(left)
-    with suppress(FileNotFoundError):
-        _state_path(settings).unlink()
+    _forget(settings)
     return len(left)
+
+
+def _forget(settings: Settings) -> None:
+    # Where a stack that has ended could be found: nobody is to ask there any more.
+    for path in (_state_path(settings), stack_env_file(settings.mlops_var_dir)):
+        path.unlink(missing_ok=True)
 
 
 def settings_of_running(settings: Settings) -> Settings:
     """The settings with what the running stack wrote: the database's address above all."""
-    return load_settings(mlops_var_dir=settings.mlops_var_dir, mlops_allow_stand_in=settings.mlops_allow_stand_in)
+    return load_settings(mlops_var_dir=settings.mlops_var_dir)
 
 
 def processes(settings: Settings) -> list[psutil.Process]:
@@ -196,7 +204,6 @@ def _environment_of(settings: Settings) -> dict[str, str]:
         "CIFAR10_SOURCE": settings.cifar10_source,
         "VGG16_WEIGHTS": settings.vgg16_weights,
         "MLOPS_VAR_DIR": str(settings.mlops_var_dir),
-        "MLOPS_ALLOW_STAND_IN": str(settings.mlops_allow_stand_in),
         "PYTHONPATH": str(PROJECT_ROOT),
     }
     return dict(os.environ) | chosen | {name: str(port) for name, port in components.ports(settings).items()}
@@ -230,11 +237,8 @@ class _StateFile:
             self._state["ready"] = True
             self._write()
 
-    def remove(self) -> None:
-        _state_path(self._settings).unlink(missing_ok=True)
-
     def _write(self) -> None:
-        write_private_json(_state_path(self._settings), self._state)
+        write_whole(_state_path(self._settings), json.dumps(self._state, indent=2), mode=OWNER_ONLY)
 
 
 def _state_path(settings: Settings) -> Path:

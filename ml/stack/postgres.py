@@ -6,6 +6,7 @@ Owns the cluster's folder. Starting, watching and stopping the process is the ca
 
 import os
 import pwd
+import stat
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,6 @@ from ml.database import connect
 from ml.errors import ComponentFailed
 
 SUPERUSER = "postgres"
-DATABASES = ("airflow", "mlflow", "predictions")
-"""One database and one role of the same name each; a role owns its own database and can connect to no other."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,13 @@ class Cluster:
         hba = self.data_dir / "pg_hba.conf"
         if (self.data_dir / "PG_VERSION").exists() and "scram-sha-256" in hba.read_text():
             return
+        above = {parent: parent.stat().st_mode for parent in (*self.data_dir.parents, *server.bin_path.parents)}
         try:
             server.ensure_pgdata_inited()
+            if server.system_user is not None:
+                # For its own account the package opens every folder above to be listed; passing through is enough.
+                for parent, mode in above.items():
+                    parent.chmod(stat.S_IMODE(mode) | stat.S_IXGRP | stat.S_IXOTH)
             self._run_single_user(server, f"ALTER USER {SUPERUSER} PASSWORD '{self.password}';\n")
         except subprocess.CalledProcessError as error:
             raise ComponentFailed(

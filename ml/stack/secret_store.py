@@ -1,12 +1,15 @@
 """The local stack's secrets: generated once into the var folder, readable by their owner alone."""
 
 import base64
-import json
 import os
 import secrets
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from ml.files import write_whole
+
+OWNER_ONLY = 0o600
 
 
 class Secrets(BaseModel):
@@ -33,20 +36,5 @@ def load_or_create(folder: Path) -> Secrets:
     generated["airflow_fernet"] = base64.urlsafe_b64encode(os.urandom(32)).decode()
     generated["airflow_admin"] = secrets.token_urlsafe(12)  # people type it
     made = Secrets(**generated)
-    write_private(path, made.model_dump_json(indent=2))
+    write_whole(path, made.model_dump_json(indent=2), mode=OWNER_ONLY)
     return made
-
-
-def write_private(path: Path, text: str) -> None:
-    """Writes a file that only its owner can read, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    temporary.replace(path)
-
-
-def write_private_json(path: Path, content: object) -> None:
-    """`write_private` for JSON."""
-    write_private(path, json.dumps(content, indent=2))

@@ -148,6 +148,9 @@ class Supervisor:
                 self._run_service(unit)
         except (CifarError, OSError, subprocess.SubprocessError) as error:
             self._set(unit.name, "failed", detail=error.message if isinstance(error, CifarError) else str(error))
+        except Exception as error:
+            logger.exception("%s", unit.name)
+            self._set(unit.name, "failed", detail=f"{type(error).__name__}: {error}")
 
     def _await_dependencies(self, unit: Unit) -> bool:
         with self._changed:
@@ -228,13 +231,16 @@ class Supervisor:
         self._set(service.name, "stopped")
 
     def _reap_adopted(self) -> None:
-        # An adopted orphan that ends stays a zombie until its new parent asks for its exit code.
+        # An adopted orphan that ends stays a zombie until its new parent asks for its exit code. Only one that was a
+        # zombie at the last look too: a child that somebody here waits for is gone by then.
+        seen: set[psutil.Process] = set()
         while not self._stopping.wait(REAP_EVERY_S):
             own = {process.pid for process in self._processes.values()}
-            for child in psutil.Process().children():
-                with suppress(psutil.Error, ChildProcessError):
-                    if child.pid not in own and child.status() == psutil.STATUS_ZOMBIE:
-                        os.waitpid(child.pid, os.WNOHANG)
+            zombies = {child for child in psutil.Process().children() if child.pid not in own and _is_zombie(child)}
+            for zombie in zombies & seen:
+                with suppress(ChildProcessError):
+                    os.waitpid(zombie.pid, os.WNOHANG)
+            seen = zombies
 
     # --- the whole -------------------------------------------------------------------------------------------------
 
@@ -286,6 +292,13 @@ def describe_exit(code: int) -> str:
 def tail(log: Path, lines: int = 15) -> str:
     """The end of a log, for an error message."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _created(pid: int) -> float | None:

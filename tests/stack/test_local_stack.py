@@ -12,6 +12,8 @@ import httpx
 import psutil
 import pytest
 
+from ml.database import transaction
+from ml.settings import load_settings
 from tests.conftest import free_port, wait_until
 
 PORTS = ("AIRFLOW_PORT", "MLFLOW_PORT", "API_PORT", "REPORTS_PORT", "POSTGRES_PORT")
@@ -25,7 +27,7 @@ def environment(tmp_path_factory):
 
 def cifar10(environment, *arguments):
     command = [sys.executable, "-m", "ml.cli", *arguments, "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840, check=False)
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
@@ -83,11 +85,64 @@ def test_no_secret_stands_on_a_command_line(stack, environment):
     assert not [line for line in lines if any(secret in line for secret in secrets)]
 
 
+def test_no_secret_stands_in_a_log_and_none_can_be_read_by_others(stack, environment):
+    var = Path(environment["MLOPS_VAR_DIR"])
+    secrets = json.loads((var / "secrets.json").read_text()).values()
+    logs = [path for path in (var / "log").rglob("*") if path.is_file()]
+    assert logs
+    assert not [path for path in logs if any(secret in path.read_text(errors="replace") for secret in secrets)]
+    private = [var / "secrets.json", var / "stack" / "stack.env", var / "airflow" / "passwords.json"]
+    assert [oct(path.stat().st_mode)[-3:] for path in private] == ["600"] * 3
+
+
 def test_a_second_stack_on_the_same_ports_is_refused_before_anything_starts(stack, environment, tmp_path):
     code, result, _ = cifar10(environment | {"MLOPS_VAR_DIR": str(tmp_path)}, "up", "--detach")
     assert code == 1
     assert result["error"]["type"] == "PortTaken"
     assert all(name in result["error"]["message"] for name in PORTS)
+    assert not (tmp_path / "postgres").exists()
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_runs_the_whole_loop_on_generated_data_and_says_so(stack, environment):
+    code, result, progress = cifar10(environment, "demo")
+    assert code == 0, (result, progress)
+    assert json.loads((Path(environment["MLOPS_VAR_DIR"]) / "demo.json").read_text()) == result
+    assert (result["dataset"]["data"], result["dataset"]["train"], result["dataset"]["test"]) == (
+        "SYNTHETIC",
+        6000,
+        1000,
+    )
+    assert "SYNTHETIC" in progress
+    accuracies = {model["name"]: model["test_accuracy"] for model in result["models"]}
+    assert accuracies.keys() == {"baseline", "vgg16"}
+    assert accuracies["baseline"] > 0.45
+    assert result["champion"]["name"] == max(accuracies, key=accuracies.get)
+    assert result["prediction"]["model"]["version"] == result["champion"]["version"]
+    assert (result["drift"]["clean"]["n"], result["drift"]["shifted"]["n"]) == (300, 300)
+    assert result["drift"]["shifted"]["verdict"] == "drift"
+    assert result["drift"]["clean"]["p_value"] > result["drift"]["shifted"]["p_value"]
+    ended = {run["dag_id"] for run in result["dag_runs"] if run["state"] == "success"}
+    assert len(ended) == 5
+    assert result["retraining"]["due"]
+    assert result["urls"] == stack
+
+    counts = {}
+    with (
+        transaction(load_settings(mlops_var_dir=environment["MLOPS_VAR_DIR"]).database_url) as connection,
+        connection.cursor() as cursor,
+    ):
+        for table in ("predictions", "feedback", "alerts", "retrainings"):
+            cursor.execute(f"SELECT count(*) FROM {table}")
+            counts[table] = cursor.fetchone()[0]
+    assert counts == {"predictions": 600, "feedback": 600, "alerts": 1, "retrainings": 1}
+
+
+def test_a_database_of_ones_own_is_refused_rather_than_ignored(environment, tmp_path):
+    other = {"MLOPS_VAR_DIR": str(tmp_path), "MLOPS_DATABASE_URL": "postgresql://me@elsewhere/predictions"}
+    code, result, _ = cifar10(environment | other, "up", "--detach")
+    assert code == 2
+    assert "MLOPS_DATABASE_URL" in result["error"]["message"]
     assert not (tmp_path / "postgres").exists()
 
 
@@ -115,4 +170,5 @@ def test_down_leaves_no_process_and_no_port_even_after_the_supervisor_was_killed
     assert not [name for name in PORTS if listens(environment[name])]
     assert not [u["name"] for u in state["units"].values() if u["pid"] and runs(u["pid"])]
     assert status(environment)["state"] == "down"
+    assert not (Path(environment["MLOPS_VAR_DIR"]) / "stack" / "stack.env").exists()
     assert cifar10(environment, "down")[1] == {"stopped": False, "swept": 0}

@@ -73,3 +73,11 @@ def test_a_relative_source_means_the_folder_of_the_command(monkeypatch, tmp_path
     ]:
         monkeypatch.setenv("CIFAR10_SOURCE", given)
         assert load_settings().cifar10_source == kept
+
+
+def test_the_var_folder_may_be_relative_and_its_names_odd(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLOPS_VAR_DIR", "my var #1")
+    settings = load_settings()
+    assert settings.mlops_var_dir == tmp_path / "my var #1"
+    assert settings.data_url == (tmp_path / "my var #1" / "data").as_uri()

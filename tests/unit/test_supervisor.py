@@ -123,6 +123,14 @@ def test_stop_ends_dependants_before_what_they_need(supervise, service, record):
     assert record.order("stopped") == ["server", "database"]
 
 
+def test_a_fault_that_nobody_foresaw_fails_the_stack_instead_of_hanging_it(supervise):
+    def fail():
+        raise LookupError("no such revision")
+
+    with pytest.raises(ComponentFailed, match="LookupError: no such revision"):
+        supervise(Job("migration", fail)).wait_ready()
+
+
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
