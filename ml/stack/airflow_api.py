@@ -30,12 +30,17 @@ class DagRun:
 
 
 class AirflowApi:
-    """Talks to `base_url` as `user`. Every method raises OrchestratorUnavailable when Airflow cannot be asked."""
+    """Talks to `base_url` as `user`; `transport` is for tests.
 
-    def __init__(self, base_url: str, user: str, password: str) -> None:
+    Every method raises OrchestratorUnavailable when Airflow cannot be asked for a minute.
+    """
+
+    def __init__(
+        self, base_url: str, user: str, password: str, *, transport: httpx.BaseTransport | None = None
+    ) -> None:
         self.base_url = base_url
         self._login = {"username": user, "password": password}
-        self._http = httpx.Client(base_url=base_url, timeout=20, trust_env=False)
+        self._http = httpx.Client(base_url=base_url, timeout=20, trust_env=False, transport=transport)
         self._token = ""
 
     def is_healthy(self, part: str) -> bool:
