@@ -18,6 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from isal import igzip, igzip_lib
 
+from ml.addresses import public_url
 from ml.datasets import synthetic
 from ml.datasets.batch_format import parse_batch, parse_label_names
 from ml.datasets.download import RetryPolicy, download
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
+_BY_HAND = "download it by hand, set CIFAR10_SOURCE to the file, or set CIFAR10_SOURCE=synthetic to go on without it"
 _MAX_FILE_BYTES = 64 << 20
 _MAX_ARCHIVE_BYTES = 1 << 30
 """The real files have 31 MB and all of them 186 MB: an archive that unpacks to more is not CIFAR-10."""
@@ -108,7 +110,7 @@ def load_cifar10(
         return _load_url(source, cache_dir, layout, retries)
     if scheme not in ("", "file"):
         raise ConfigurationError(
-            f"CIFAR10_SOURCE={source!r}: cannot read from {scheme}://.",
+            f"CIFAR10_SOURCE={public_url(source)!r}: cannot read from {scheme}://.",
             fix="use a path, an http(s) URL, `synthetic` or `auto`.",
         )
     path = urllib.parse.unquote(urllib.parse.urlsplit(source).path) if scheme else source
@@ -181,21 +183,16 @@ def _local_copies(cache_dir: Path, layout: ArchiveLayout) -> tuple[Path, ...]:
 def _load_url(url: str, cache_dir: Path, layout: ArchiveLayout, retries: RetryPolicy) -> RawDataset:
     # A name of its own for each address, so that a mirror's file is never taken for another's.
     name = ARCHIVE_NAME if url == OFFICIAL_URL else f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{ARCHIVE_NAME}"
-    path = download(url, cache_dir / name, retries)
+    path = download(url, cache_dir / name, retries, otherwise=_BY_HAND)
     try:
         raw = load_path(path, layout)
     except SourceCorrupt as error:
         path.unlink(missing_ok=True)
         raise SourceCorrupt(
-            f"What {_without_password(url)} sent is not CIFAR-10, and was deleted: {error.message}",
+            f"What {public_url(url)} sent is not CIFAR-10, and was deleted: {error.message}",
             fix="run it again; if it stays so, name another copy in CIFAR10_SOURCE.",
         ) from error
-    return RawDataset(**{**vars(raw), "source": _without_password(url)})
-
-
-def _without_password(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return RawDataset(**{**vars(raw), "source": public_url(url)})
 
 
 def _folder_files(path: Path, layout: ArchiveLayout) -> Iterator[tuple[str, bytes]]:

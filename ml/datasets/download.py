@@ -17,12 +17,12 @@ from typing import BinaryIO
 import httpx
 from tenacity import RetryCallState, retry, retry_if_exception_type, wait_random_exponential
 
+from ml.addresses import public_text, public_url
 from ml.errors import SourceNotFound, SourceUnreachable, StorageError
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 5.0
-_BY_HAND = "download it by hand, set CIFAR10_SOURCE to the file, or set CIFAR10_SOURCE=synthetic to go on without it"
 
 
 class _Interrupted(Exception):
@@ -40,21 +40,39 @@ class RetryPolicy:
     read_timeout: float = 20.0
 
 
-def download(url: str, destination: Path, policy: RetryPolicy = RetryPolicy()) -> Path:
+class _PublicAddresses(logging.Filter):
+    """httpx logs each request's whole URL, which Airflow shows: what lets one in is taken out of it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = public_text(record.getMessage()), None
+        return True
+
+
+_PUBLIC_ADDRESSES = _PublicAddresses()
+
+
+def download(url: str, destination: Path, policy: RetryPolicy = RetryPolicy(), *, otherwise: str) -> Path:
     """Fetches `url` into `destination` unless that exists already.
 
     A broken transfer leaves `destination` + ".part", from which this or a later call goes on (HTTP Range).
+
+    Args:
+        url: http or https. Logs and errors name it without password and query.
+        destination: the file; its folder is made where there is none.
+        policy: how patient to be.
+        otherwise: what a user can do where it fails; ends each error's fix: "..., or {otherwise}."
 
     Raises:
         SourceUnreachable: no answer, a refusal, or a connection that brings nothing any more.
         SourceNotFound: the server says that there is no such file.
         StorageError: the local disk refused the bytes.
     """
+    logging.getLogger("httpx").addFilter(_PUBLIC_ADDRESSES)  # without effect where it is there
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(destination):
             if not destination.exists():
-                _Download(url, destination, policy).run()
+                _Download(url, destination, policy, otherwise).run()
     except OSError as error:
         raise StorageError(
             f"{destination} could not be written: {error.strerror or error}.",
@@ -75,8 +93,10 @@ def _exclusive(destination: Path) -> Iterator[None]:
 class _Download:
     """One download's state across its attempts."""
 
-    def __init__(self, url: str, destination: Path, policy: RetryPolicy) -> None:
+    def __init__(self, url: str, destination: Path, policy: RetryPolicy, otherwise: str) -> None:
         self.url = url
+        self.shown = public_url(url)
+        self.otherwise = otherwise
         self.destination = destination
         self.part = destination.with_name(destination.name + ".part")
         self.policy = policy
@@ -100,8 +120,8 @@ class _Download:
                 attempt(client)
             except _Interrupted as why:
                 raise SourceUnreachable(
-                    f"{self.url} could not be downloaded ({why}, {self.fruitless} attempts in a row without a byte).",
-                    fix=f"check the network or the proxy and run it again (it resumes); or {_BY_HAND}.",
+                    f"{self.shown} could not be downloaded ({why}, {self.fruitless} attempts in a row without a byte).",
+                    fix=f"check the network or the proxy and run it again (it resumes); or {self.otherwise}.",
                 ) from why
         self.part.replace(self.destination)
         logger.info("Downloaded %s (%.1f MB)", self.destination, self.destination.stat().st_size / 1e6)
@@ -122,7 +142,7 @@ class _Download:
         try:
             self._fetch(client, before)
         except httpx.TransportError as error:
-            reason = str(error) or type(error).__name__
+            reason = public_text(str(error)) or type(error).__name__
             raise _Interrupted(reason) from error
         finally:
             self.fruitless = 0 if self._have() > before else self.fruitless + 1
@@ -152,16 +172,16 @@ class _Download:
         status = response.status_code
         if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
             raise SourceNotFound(
-                f"{self.url} does not exist (HTTP {status}).",
-                fix=f"correct the address in CIFAR10_SOURCE; or {_BY_HAND}.",
+                f"{self.shown} does not exist (HTTP {status}).",
+                fix=f"correct the address; or {self.otherwise}.",
             )
         passing = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS, httpx.codes.TOO_EARLY)
         if response.is_server_error or status in passing:
             raise _Interrupted(f"HTTP {status}")
         if not response.is_success and status != httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise SourceUnreachable(
-                f"{self.url} was refused (HTTP {status}).",
-                fix=f"check that the address may be read from here and through the proxy; or {_BY_HAND}.",
+                f"{self.shown} was refused (HTTP {status}).",
+                fix=f"check that the address may be read from here and through the proxy; or {self.otherwise}.",
             )
 
     def _copy(self, response: httpx.Response, part: BinaryIO, start: int) -> None:
@@ -169,7 +189,7 @@ class _Download:
         total = start + expected if expected is not None else None
         began = told = time.monotonic()
         have = start
-        logger.info("Downloading %s from byte %d of %s", self.url, start, total if total is not None else "unknown")
+        logger.info("Downloading %s from byte %d of %s", self.shown, start, total if total is not None else "unknown")
         # As it arrives: with a chunk size httpx holds bytes back, and loses them when the line breaks.
         for chunk in response.iter_raw():
             part.write(chunk)

@@ -5,19 +5,17 @@ checks of a file's digest and layout, and the loading into a base. Random weight
 asked for by name or allowed as a stand-in, and are called RANDOM WEIGHTS wherever they show.
 """
 
-import hashlib
 import logging
-import os
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import h5py  # type: ignore[import-untyped]
-import httpx
 import keras
 
+from ml.addresses import public_url
+from ml.datasets.download import RetryPolicy, download
+from ml.digests import file_digest
 from ml.errors import ConfigurationError, SourceCorrupt, SourceError, SourceNotFound, SourceUnreachable, StorageError
 
 logger = logging.getLogger(__name__)
@@ -28,10 +26,11 @@ IMAGENET_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vg
 IMAGENET_MD5 = "6d6bbae143d832006294945121d1f1fc"
 RANDOM_LABEL = "RANDOM WEIGHTS"
 
-_TIMEOUT = httpx.Timeout(20, connect=5)
-_FIX_UNREACHABLE = (
+_RETRIES = RetryPolicy(fruitless_attempts=2, longest_wait=1.0, connect_timeout=4.0)
+"""Without a network this is known within ten seconds, at once where the address is refused."""
+_OTHERWISE = (
     f"set VGG16_WEIGHTS to a local copy of {IMAGENET_FILE} (keras.applications publishes it at {IMAGENET_URL}), "
-    "or to `random` to train without pre-trained layers."
+    "or to `random` to train without pre-trained layers"
 )
 
 
@@ -69,7 +68,7 @@ def resolve_weights(
         url: where the published file lies.
 
     Raises:
-        SourceNotFound: the path does not exist.
+        SourceNotFound: the path does not exist; or the server has no such file, and no stand-in is allowed.
         SourceUnreachable: the download could not be asked, and no stand-in is allowed.
         SourceCorrupt: the download is not the published file.
         ConfigurationError: the path's name is not one that Keras loads.
@@ -81,7 +80,7 @@ def resolve_weights(
     if setting in ("imagenet", "auto"):
         try:
             return _imagenet(cache_dir, keras_home or Path.home() / ".keras", url)
-        except SourceUnreachable as error:
+        except (SourceUnreachable, SourceNotFound) as error:
             if setting == "imagenet" or not allow_stand_in:
                 raise
             logger.warning("VGG16: %s, because ImageNet's could not be fetched: %s", RANDOM_LABEL, error.message)
@@ -97,71 +96,37 @@ def _local_file(path: Path) -> Weights:
         )
     if not path.is_file():
         raise SourceNotFound(f"VGG16's weights file {path} does not exist.", fix="correct VGG16_WEIGHTS.")
-    return Weights("file", path, _digest(path, "sha256"))
+    return Weights("file", path, file_digest(path))
 
 
 def _imagenet(cache_dir: Path, keras_home: Path, url: str) -> Weights:
     target = cache_dir / "vgg16" / IMAGENET_FILE
     for path in (keras_home / "models" / IMAGENET_FILE, target):
         if path.is_file():
-            if _digest(path, "md5") == IMAGENET_MD5:
-                return Weights("imagenet", path, _digest(path, "sha256"))
+            if file_digest(path, "md5") == IMAGENET_MD5:
+                return Weights("imagenet", path, file_digest(path))
             logger.warning("%s is not the file that Keras publishes (its md5 differs); it is not used.", path)
     _download(url, target)
-    return Weights("imagenet", target, _digest(target, "sha256"))
+    return Weights("imagenet", target, file_digest(target))
 
 
 def _download(url: str, target: Path) -> None:
-    """Streams the file beside `target` and moves it there only when its md5 is the published one."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".download-")
+        target.unlink(missing_ok=True)  # a download takes what lies there for complete
+        download(url, target, _RETRIES, otherwise=_OTHERWISE)
+        found = file_digest(target, "md5")
+        if found == IMAGENET_MD5:
+            return
+        target.unlink()
     except OSError as error:
-        raise _no_room(target, error) from error
-    part = Path(name)
-    md5 = hashlib.md5(usedforsecurity=False)
-    done, shown = 0, time.monotonic()
-    logger.info("VGG16: fetching ImageNet's weights (59 MB) from %s", url)
-    try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            httpx.stream("GET", url, timeout=_TIMEOUT, follow_redirects=True) as reply,
-        ):
-            reply.raise_for_status()
-            total = int(reply.headers.get("content-length", 0))
-            for block in reply.iter_bytes(1 << 20):
-                file.write(block)
-                md5.update(block)
-                done += len(block)
-                if time.monotonic() - shown >= 5:
-                    shown = time.monotonic()
-                    logger.info("VGG16: %.0f of %.0f MB", done / 1e6, total / 1e6)
-        if md5.hexdigest() != IMAGENET_MD5:
-            raise SourceCorrupt(
-                f"What {url} sent is not VGG16's weights: md5 {md5.hexdigest()}, expected {IMAGENET_MD5}.",
-                fix="try again, or look whether a proxy answers in its place; a local file works too "
-                "(VGG16_WEIGHTS=path).",
-            )
-        part.replace(target)
-    except httpx.HTTPError as error:
-        raise SourceUnreachable(
-            f"VGG16's weights could not be fetched from {url}: {type(error).__name__}: {error}.", fix=_FIX_UNREACHABLE
+        raise StorageError(
+            f"VGG16's weights could not be kept in {target.parent}: {error}.",
+            fix="see that the folder may be written and has 59 MB of space.",
         ) from error
-    except OSError as error:
-        raise _no_room(target, error) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _no_room(target: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"VGG16's weights could not be written under {target.parent}: {error}.", fix="free some space there (59 MB)."
+    raise SourceCorrupt(
+        f"What {public_url(url)} sent is not VGG16's weights: md5 {found}, expected {IMAGENET_MD5}. It was deleted.",
+        fix=f"try again, or look whether a proxy answers in its place; or {_OTHERWISE}.",
     )
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def load_into(base: keras.Model, path: Path) -> None:

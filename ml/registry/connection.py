@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.telemetry import get_telemetry_client, set_telemetry_client
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from ml.addresses import public_text, public_url
 from ml.errors import ModelNotFound, RegistryError, RegistryUnavailable
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def _environment(limits: Limits) -> Iterator[None]:
 def unavailable(address: str, error: Exception) -> RegistryUnavailable:
     """The error for 'could not ask', with what was seen."""
     return RegistryUnavailable(
-        f"MLflow at {address} could not be asked: {_first_line(error)}.",
+        f"MLflow at {public_url(address)} could not be asked: {_first_line(error)}.",
         fix="see that it runs (`make up`) and that MLFLOW_TRACKING_URI names it, then try again.",
     )
 
@@ -124,19 +125,19 @@ def _translate(address: str, error: MlflowException) -> Exception:
     # address must never be taken for "there is none".
     if isinstance(error, RestException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
         return ModelNotFound(
-            f"MLflow at {address} has no such thing: {_first_line(error)}.",
+            f"MLflow at {public_url(address)} has no such thing: {_first_line(error)}.",
             fix="see `cifar10 status` for what is registered.",
         )
     if error.error_code in _REFUSALS:
         return RegistryError(
-            f"MLflow at {address} refused: {_first_line(error)}.",
+            f"MLflow at {public_url(address)} refused: {_first_line(error)}.",
             fix="correct what the message names; see the MLflow UI for the state of the registry.",
         )
     return unavailable(address, error)
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
+    text = public_text(str(error)).strip().splitlines()
     return (text[0] if text else type(error).__name__).rstrip(".")[:500]
 
 

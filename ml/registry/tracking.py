@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+from ml.addresses import public_url
 from ml.errors import RegistryError, RegistryUnavailable
 from ml.registry.connection import BULK, PATIENCE_SECONDS, QUICK, Limits, asking, patiently
 from ml.registry.provenance import as_tags
@@ -88,7 +89,7 @@ class Run:
             name=f"{manifest.data} {manifest.dataset_id}",
             digest=manifest.dataset_id,
             source_type="http",
-            source=json.dumps({"url": f"{self._data_url}/datasets/{manifest.dataset_id}"}),
+            source=json.dumps({"url": f"{public_url(self._data_url)}/datasets/{manifest.dataset_id}"}),
             profile=json.dumps({"data": manifest.data, "counts": dict(manifest.counts)}),
         )
         given = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
@@ -126,7 +127,9 @@ def run(
     experiment_id = _experiment(client, settings.tracking_uri, experiment)
     with asking(settings.tracking_uri):
         run_id: str = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
-    logger.info("MLflow run %s (%s) in experiment %s at %s", name, run_id, experiment, settings.tracking_uri)
+    logger.info(
+        "MLflow run %s (%s) in experiment %s at %s", name, run_id, experiment, public_url(settings.tracking_uri)
+    )
     current = Run(settings, run_id, all_tags, patience_seconds)
     try:
         yield current
@@ -168,7 +171,7 @@ def _experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
             found = client.get_experiment_by_name(name)
         if found is not None and found.lifecycle_stage == "deleted":
             raise RegistryError(
-                f"The experiment {name!r} has been deleted in MLflow at {tracking_uri}.",
+                f"The experiment {name!r} has been deleted in MLflow at {public_url(tracking_uri)}.",
                 fix=f"restore it: `mlflow experiments restore --experiment-id {found.experiment_id}`.",
             )
         return None if found is None else str(found.experiment_id)

@@ -30,14 +30,19 @@ def base() -> keras.Model:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Answers every request with 200 and the wrong bytes."""
+    """Answers with 200 and the wrong bytes, of which the first request gets no more than three; 404 at /none."""
+    cut = [True]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("content-length", "9")
+            start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+            self.send_response(404 if self.path == "/none" else 206 if start else 200)
+            if start:
+                self.send_header("content-range", f"bytes {start}-8/9")
+            self.send_header("content-length", str(9 - start))
             self.end_headers()
-            self.wfile.write(b"not these")
+            self.wfile.write(b"not these"[start : 3 if cut else None])
+            cut.clear()
 
         def log_message(self, *args: object) -> None:
             pass
@@ -47,6 +52,11 @@ def server() -> Iterator[str]:
     yield f"http://127.0.0.1:{http.server_port}/weights.h5"
     http.shutdown()
     http.server_close()
+
+
+def _content(folder: Path) -> list[str]:
+    """Files that hold something: a download's lock stays, and is empty."""
+    return [path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
 
 
 def test_a_notop_file_arrives_in_the_model(notop_file: Path, notop_weights: Layers) -> None:
@@ -117,7 +127,7 @@ def test_no_network_is_said_soon_and_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(SourceUnreachable) as caught:
             resolve_weights(setting, stand_in, tmp_path, keras_home=tmp_path / "keras", url=NOBODY)
         assert "VGG16_WEIGHTS" in caught.value.fix
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert _content(tmp_path) == []
     assert time.monotonic() - began < 60  # not a measurement: urllib without a timeout would hang for minutes
 
 
@@ -130,11 +140,19 @@ def test_auto_ends_in_random_weights_only_where_allowed_and_says_so(
     assert "RANDOM WEIGHTS" in caplog.text
 
 
+def test_an_address_without_the_file_is_no_network_either(server: str, tmp_path: Path) -> None:
+    url = server.replace("weights.h5", "none")
+    with pytest.raises(SourceNotFound, match="404") as caught:
+        resolve_weights("auto", False, tmp_path, keras_home=tmp_path / "keras", url=url)
+    assert "VGG16_WEIGHTS" in caught.value.fix
+    assert resolve_weights("auto", True, tmp_path, keras_home=tmp_path / "keras", url=url).kind == "random"
+
+
 def test_a_download_of_something_else_is_refused_and_removed(server: str, tmp_path: Path) -> None:
     for stand_in in (False, True):  # corrupt is not unreachable: no stand-in for it
         with pytest.raises(SourceCorrupt, match="md5"):
             resolve_weights("auto", stand_in, tmp_path, keras_home=tmp_path / "keras", url=server)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert _content(tmp_path) == []
 
 
 def test_keras_cache_is_used_if_it_is_the_published_file(
@@ -153,7 +171,7 @@ def test_keras_cache_is_used_if_it_is_the_published_file(
     fetched = resolve_weights("imagenet", False, tmp_path / "cache", keras_home=tmp_path / "none", url=server)
     assert fetched.path is not None
     assert fetched.path.read_bytes() == b"not these"
-    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [IMAGENET_FILE]
+    assert _content(tmp_path / "cache") == [IMAGENET_FILE]
 
 
 def test_the_catalog_refuses_what_does_not_go_together() -> None:

@@ -1,5 +1,6 @@
 """Downloads against a real HTTP server that breaks, refuses and forgets."""
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -8,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from ml.datasets import download as module
 from ml.datasets.cifar10 import load_cifar10
-from ml.datasets.download import RetryPolicy, download
+from ml.datasets.download import RetryPolicy
 from ml.errors import SourceCorrupt, SourceNotFound, SourceUnreachable, StorageError
 from tests.cifar10_archive import batch_files, layout_of, write_archive
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 IMPATIENT = RetryPolicy(fruitless_attempts=3, first_wait=0.01, longest_wait=0.01, connect_timeout=1, read_timeout=2)
+
+
+def download(url: str, target: Path, policy: RetryPolicy) -> Path:
+    return module.download(url, target, policy, otherwise="set SOURCE to a copy")
 
 
 class Server(ThreadingHTTPServer):
@@ -168,7 +174,7 @@ def test_it_gives_up_on_a_server_that_brings_nothing(server: Server, target: Pat
     with pytest.raises(SourceUnreachable, match="3 attempts in a row") as error:
         download(server.url, target, IMPATIENT)
     assert len(server.seen) == IMPATIENT.fruitless_attempts
-    assert "CIFAR10_SOURCE" in error.value.fix
+    assert error.value.fix.endswith("or set SOURCE to a copy.")
     assert not target.exists()
 
 
@@ -185,6 +191,25 @@ def test_a_refusal_is_not_repeated(status: str, kind: type[Exception], server: S
     with pytest.raises(kind, match=f"HTTP {status}"):
         download(server.url, target, IMPATIENT)
     assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("act", ["ok", "break", "404", "403", "hang up"])
+def test_what_lets_one_in_is_shown_nowhere(
+    act: str, server: Server, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server.script = [act] * (1 if act == "break" else 10)
+    url = server.url.replace("http://", "http://me:s3cret@") + "?X-Amz-Signature=s3cret"
+    said = ""
+    try:
+        download(url, target, IMPATIENT)
+    except (SourceUnreachable, SourceNotFound) as error:
+        said = str(error)
+        assert server.url in said
+    assert "s3cret" not in said
+    assert any(record.name == "httpx" for record in caplog.records)
+    assert server.url in caplog.text
+    assert "s3cret" not in caplog.text
 
 
 def test_what_is_there_is_not_fetched_again(server: Server, target: Path) -> None:
@@ -208,7 +233,8 @@ def from_server(server: Server, tmp_path: Path) -> Callable[[], object]:
     files = batch_files()
     server.content = write_archive(tmp_path / "served.tar.gz", files).read_bytes()
     cache = tmp_path / "cache"
-    return lambda: load_cifar10(server.url, cache, False, layout=layout_of(files), retries=IMPATIENT)
+    secret = server.url.replace("http://", "http://me:s3cret@") + "?signature=s3cret"
+    return lambda: load_cifar10(secret, cache, False, layout=layout_of(files), retries=IMPATIENT)
 
 
 def test_a_url_is_a_source(server: Server, from_server: Callable[[], object]) -> None:
@@ -224,8 +250,9 @@ def test_a_corrupt_download_does_not_stay_in_the_cache(
     server: Server, from_server: Callable[[], object], tmp_path: Path
 ) -> None:
     good, server.content = server.content, b"<html>Please log in</html>"
-    with pytest.raises(SourceCorrupt, match="was deleted"):
+    with pytest.raises(SourceCorrupt, match="was deleted") as error:
         from_server()
+    assert "s3cret" not in str(error.value)
     assert list((tmp_path / "cache").glob("*.tar.gz")) == []
     server.content = good
     from_server()
