@@ -13,7 +13,7 @@ from ml.datasets.store import write_dataset
 from ml.datasets.synthetic import generate
 from ml.registry import tracking
 from ml.registry.packaging import register
-from ml.registry.versions import MODEL_NAME, ModelVersion
+from ml.registry.versions import MODEL_NAME, ModelVersion, Registry
 from ml.settings import Settings
 from tests.tiny_models import make_onnx
 
@@ -59,6 +59,11 @@ def register_tiny(
             data=manifest.data,
             architecture=architecture,
         )
+
+
+def take_alias(registry: Registry, alias: str) -> None:
+    """Takes `alias` away, as somebody may by hand."""
+    MlflowClient(registry.tracking_uri, registry.tracking_uri).delete_registered_model_alias(registry.name, alias)
 
 
 def empty_registry(tracking_uri: str) -> None:

@@ -12,7 +12,6 @@ A version's files, here and in MLflow:
     artifacts/card.md                      what it is, in words
 """
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
+from ml.digests import file_digest
 from ml.errors import ModelInvalid, ModelNotFound, RegistryError, RegistryUnavailable, StorageError
 from ml.registry.connection import BULK, asking
 
@@ -38,18 +38,13 @@ MODEL_FILES = (ONNX_FILE, KERAS_FILE, REFERENCE_FILE, CARD_FILE)
 
 TAG_ARCHITECTURE, TAG_DATASET, TAG_DATA, TAG_WEIGHTS = "architecture", "dataset_id", "data", "weights"
 TAG_DECISION, TAG_REASON = "gate.decision", "gate.reason"
-PENDING, PROMOTED, REFUSED = "pending", "promoted", "refused"
+PENDING = "pending"
+"""The decision on a version that waits for the gate; the others are `ml.evaluation.gate.Outcome`'s."""
 
 
 def checksum_tag(file: str) -> str:
     """The tag that holds the SHA-256 of one of a version's files."""
     return f"sha256.{file}"
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -112,15 +107,15 @@ class Registry:
     def by_alias(self, alias: str) -> ModelVersion | None:
         """The version that bears `alias`; None where MLflow answered that there is none."""
         try:
-            with asking(self.tracking_uri):
-                return _version(self._client.get_model_version_by_alias(self.name, alias))
+            return self._bearer(alias)
         except ModelNotFound:
             return None
         except RegistryError:
             # MLflow reports a missing alias as an invalid parameter, as it does other things: ask what it has.
-            if alias in self._aliases():
-                raise
-            return None
+            if alias not in self._aliases():
+                return None
+        # It has it: set between the two questions, or something else is wrong and is said again.
+        return self._bearer(alias)
 
     def by_version(self, version: int) -> ModelVersion:
         """One version by its number.
@@ -157,14 +152,6 @@ class Registry:
         """Points `alias` at `version`, wherever it pointed before."""
         with asking(self.tracking_uri):
             self._client.set_registered_model_alias(self.name, alias, str(version))
-
-    def delete_alias(self, alias: str) -> None:
-        """Takes `alias` away. Without effect where there is none."""
-        try:
-            with asking(self.tracking_uri):
-                self._client.delete_registered_model_alias(self.name, alias)
-        except ModelNotFound:
-            return
 
     def set_tags(self, version: int, tags: Mapping[str, object]) -> None:
         """Writes tags on a version, replacing those of the same key."""
@@ -205,15 +192,15 @@ class Registry:
         Raises:
             ModelNotFound: where there is no such version.
             ModelInvalid: a file is missing, or is not the one that was registered.
-            StorageError: `cache_dir` cannot be written.
+            StorageError: `cache_dir` cannot be read or written.
         """
         wanted = self.by_version(version) if isinstance(version, int) else version
         folder = cache_dir / "models" / wanted.name / str(wanted.version)
         target = folder / "artifacts"
-        missing = [file for file in files if not _holds(target / file, self._checksum(wanted, file))]
-        if not missing:
-            return folder
         try:
+            missing = [file for file in files if not _holds(target / file, self._checksum(wanted, file))]
+            if not missing:
+                return folder
             target.mkdir(parents=True, exist_ok=True)
             # On the same file system as the target, so that the move at the end is one step.
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
@@ -224,9 +211,13 @@ class Registry:
         except OSError as error:
             raise StorageError(
                 f"The files of {wanted.name} version {wanted.version} could not be kept in {folder}: {error}.",
-                fix="make room there, or see that the folder may be written.",
+                fix="make room there, or see that the folder may be read and written.",
             ) from error
         return folder
+
+    def _bearer(self, alias: str) -> ModelVersion:
+        with asking(self.tracking_uri):
+            return _version(self._client.get_model_version_by_alias(self.name, alias))
 
     def _aliases(self) -> Mapping[str, str]:
         try:
@@ -277,7 +268,7 @@ class Registry:
 
 
 def _holds(path: Path, checksum: str) -> bool:
-    return path.is_file() and sha256(path) == checksum
+    return path.is_file() and file_digest(path) == checksum
 
 
 def _version(item: MlflowVersion) -> ModelVersion:

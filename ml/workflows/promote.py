@@ -44,7 +44,9 @@ logger = logging.getLogger(__name__)
 LOCK_KEY = 0x_C1FA_8010
 """PostgreSQL's advisory locks are numbers; this one means: a promotion or rollback is under way."""
 LOCK_WAIT_SECONDS = 900.0
-TAG_TEST_ACCURACY = "gate.test_accuracy"
+TAG_ROLLBACK_REASON = "rollback.reason"
+TAG_N, TAG_TEST_ACCURACY = "gate.n", "gate.test_accuracy"
+TAG_TEST_PRECISION, TAG_TEST_RECALL, TAG_TEST_LOSS = "gate.test_precision", "gate.test_recall", "gate.test_loss"
 _CHUNK = 1000
 """Images between two progress lines at most."""
 
@@ -70,9 +72,9 @@ def promote(
 
     Returns:
         {"promoted": bool, "reason": str, "dataset_id", "champion": {"name", "version", "architecture",
-        "test_accuracy"} | None, "previous": likewise | None, "candidates": [{"version", "architecture", "decision",
-        "reason", "validation_accuracy", "test_accuracy", "precision", "recall", "loss", "n"}], "n": test images}.
-        A figure that could not be measured is None.
+        "test_accuracy"} | None, "previous": likewise | None, "candidates": a `verdict_of` for each version that this
+        call judged, "n": test images}. After a call that was cut off, ask `verdict_of` for what became of a version:
+        the repetition finds nothing left to judge.
 
     Raises:
         RegistryUnavailable, DatabaseUnavailable: could not ask; whatever was begun is finished by the next call.
@@ -106,13 +108,32 @@ def promote(
             "reason": decision.reason,
             "dataset_id": dataset_id,
             **_standing(registry, {champion.version: champions_accuracy} if champion else {}),
-            "candidates": [_report(item, decision) for item in measured],
+            "candidates": [_verdict(registry.by_version(item.version)) for item in measured],
             "n": len(split.labels),
         }
 
 
+def verdict_of(settings: Settings, version: int) -> dict[str, object]:
+    """What the gate has made of a version so far, as it is written in the registry. Judges nothing.
+
+    Returns:
+        {"version": int, "architecture": str, "dataset_id": str, "decision": "pending" | "promoted" | "refused",
+        "reason": str (empty while nobody has looked at it), "validation_accuracy": float | None,
+        "test_accuracy", "precision", "recall", "loss": float | None, "n": int (test images it was measured on)}.
+        A figure that was not, or could not be, measured is None. The decision is empty for a version that was not
+        registered by `ml.registry.packaging`: the gate does not look at it.
+
+    Raises:
+        ModelNotFound: there is no version of that number.
+        RegistryUnavailable: could not ask.
+    """
+    return _verdict(Registry(settings.tracking_uri).by_version(version))
+
+
 def rollback(settings: Settings, *, lock_wait_seconds: float = LOCK_WAIT_SECONDS) -> dict[str, object]:
     """Makes the previous champion champion again, and the present one previous.
+
+    Safe to repeat after an error: a rollback that was cut off is finished, and not followed by another one.
 
     Returns:
         {"rolled_back": True, "reason", "champion": {...}, "previous": {...}} as `promote` gives them.
@@ -123,7 +144,11 @@ def rollback(settings: Settings, *, lock_wait_seconds: float = LOCK_WAIT_SECONDS
     """
     with _alone(settings, lock_wait_seconds) as still_alone:
         registry = Registry(settings.tracking_uri)
-        aliases.finish(registry)
+        finished = aliases.finish(registry)
+        if finished is not None and (done := finished.evidence.get(finished.champion, {}).get(TAG_ROLLBACK_REASON)):
+            # This is what was asked for; once more would bring back the version that was to go.
+            logger.info("Finished a rollback that had been interrupted: %s", done)
+            return {"rolled_back": True, "reason": done, **_standing(registry, {})}
         champion, previous = registry.by_alias(CHAMPION), registry.by_alias(PREVIOUS)
         if previous is None or (champion is not None and previous.version == champion.version):
             raise ModelNotFound(
@@ -132,7 +157,7 @@ def rollback(settings: Settings, *, lock_wait_seconds: float = LOCK_WAIT_SECONDS
             )
         left = "no champion" if champion is None else f"version {champion.version}"
         reason = f"Rolled back from {left} to version {previous.version} ({previous.architecture})."
-        note = {"rollback.reason": reason, "rollback.at": _now()}
+        note = {TAG_ROLLBACK_REASON: reason, "rollback.at": _now()}
         evidence: dict[int, Mapping[str, str]] = {previous.version: note}
         if champion is not None:
             evidence[champion.version] = note
@@ -256,16 +281,17 @@ def _carry_out(
 
 def _evidence(verdict: Verdict, contender: Contender, champion: ModelVersion | None) -> dict[str, str]:
     tags = {TAG_REASON: verdict.reason, "gate.at": _now()}
-    if champion is not None:
+    if champion is not None and champion.dataset_id == contender.dataset_id:
         tags["gate.against"] = str(champion.version)
-    if contender.test is not None:
-        tags |= {
-            "gate.n": str(contender.test.n),
-            TAG_TEST_ACCURACY: repr(contender.test.accuracy),
-            "gate.test_precision": repr(contender.test.precision),
-            "gate.test_recall": repr(contender.test.recall),
-            "gate.test_loss": repr(contender.test.loss),
-        }
+    # Written without a measurement too: figures of an earlier look must not stand beside this reason.
+    test = contender.test or Measurement(0, math.nan, math.nan, math.nan, math.nan)
+    tags |= {
+        TAG_N: str(test.n),
+        TAG_TEST_ACCURACY: repr(test.accuracy),
+        TAG_TEST_PRECISION: repr(test.precision),
+        TAG_TEST_RECALL: repr(test.recall),
+        TAG_TEST_LOSS: repr(test.loss),
+    }
     # Last: while this says pending, the version is a candidate, and the rest is written again.
     return tags | {TAG_DECISION: verdict.outcome}
 
@@ -274,8 +300,10 @@ def _nothing_to_judge(registry: Registry, dataset_id: str | None, finished: alia
     of_dataset = f" of dataset {dataset_id}" if dataset_id else ""
     reason = f"Nothing to judge: no version{of_dataset} waits for a verdict."
     promoted = finished is not None and TAG_DECISION in finished.evidence.get(finished.champion, {})
+    candidates = []
     if finished is not None and promoted:
-        why = finished.evidence[finished.champion].get(TAG_REASON, "")
+        candidates = [_verdict(registry.by_version(finished.champion))]
+        why = candidates[0]["reason"]
         reason = f"Finished a promotion that had been interrupted: {why}"
     logger.info("%s", reason)
     return {
@@ -283,7 +311,7 @@ def _nothing_to_judge(registry: Registry, dataset_id: str | None, finished: alia
         "reason": reason,
         "dataset_id": dataset_id,
         **_standing(registry, {}),
-        "candidates": [],
+        "candidates": candidates,
         "n": 0,
     }
 
@@ -299,26 +327,25 @@ def _standing(registry: Registry, measured: Mapping[int, float | None]) -> dict[
             "name": version.name,
             "version": version.version,
             "architecture": version.architecture,
-            "test_accuracy": version.figure(TAG_TEST_ACCURACY) if accuracy is None else accuracy,
+            "test_accuracy": _finite(version.figure(TAG_TEST_ACCURACY) if accuracy is None else accuracy),
         }
 
     return {"champion": describe(registry.by_alias(CHAMPION)), "previous": describe(registry.by_alias(PREVIOUS))}
 
 
-def _report(contender: Contender, decision: Decision) -> dict[str, object]:
-    verdict = next(item for item in decision.verdicts if item.version == contender.version)
-    test = contender.test
+def _verdict(version: ModelVersion) -> dict[str, object]:
     return {
-        "version": contender.version,
-        "architecture": contender.architecture,
-        "decision": verdict.outcome,
-        "reason": verdict.reason,
-        "validation_accuracy": _finite(contender.validation_accuracy),
-        "test_accuracy": _finite(test.accuracy if test else None),
-        "precision": _finite(test.precision if test else None),
-        "recall": _finite(test.recall if test else None),
-        "loss": _finite(test.loss if test else None),
-        "n": test.n if test else 0,
+        "version": version.version,
+        "architecture": version.architecture,
+        "dataset_id": version.dataset_id,
+        "decision": version.decision,
+        "reason": version.tags.get(TAG_REASON, ""),
+        "validation_accuracy": _finite(version.figure(metric_tag(VALIDATION_ACCURACY))),
+        "test_accuracy": _finite(version.figure(TAG_TEST_ACCURACY)),
+        "precision": _finite(version.figure(TAG_TEST_PRECISION)),
+        "recall": _finite(version.figure(TAG_TEST_RECALL)),
+        "loss": _finite(version.figure(TAG_TEST_LOSS)),
+        "n": int(version.figure(TAG_N) or 0),
     }
 
 

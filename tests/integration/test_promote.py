@@ -13,9 +13,9 @@ from ml.errors import DatabaseUnavailable, DatasetNotFound, ModelNotFound, Regis
 from ml.registry.aliases import MOVE_TAG
 from ml.registry.versions import Registry
 from ml.workflows import promote as workflow
-from ml.workflows.promote import promote, rollback
+from ml.workflows.promote import promote, rollback, verdict_of
 from tests.tiny_models import always, nearest_mean
-from tests.tiny_versions import empty_registry, register_tiny, small_dataset
+from tests.tiny_versions import empty_registry, register_tiny, small_dataset, take_alias
 
 
 class Site:
@@ -124,6 +124,41 @@ def test_figures_are_those_of_scikit_learn_on_the_same_images(site):
     assert judged["precision"] == pytest.approx(precision_score(labels, answers, **macro))
     assert judged["recall"] == pytest.approx(recall_score(labels, answers, **macro))
     assert judged["loss"] == pytest.approx(log_loss(labels, probabilities, labels=range(10)), rel=1e-4)
+
+
+def test_the_verdict_on_a_version_can_be_read_at_any_time(site):
+    version = site.add(site.good, validation_accuracy=0.5)
+    waiting = verdict_of(site.settings, version)
+    assert waiting == {
+        "version": version,
+        "architecture": "baseline",
+        "dataset_id": site.manifest.dataset_id,
+        "decision": "pending",
+        "reason": "",
+        "validation_accuracy": 0.5,
+        **dict.fromkeys(("test_accuracy", "precision", "recall", "loss")),
+        "n": 0,
+    }
+    (judged,) = site.promote()["candidates"]
+    assert judged == verdict_of(site.settings, version)
+    assert (judged["decision"], judged["n"]) == ("promoted", 200)
+    assert None not in judged.values()
+    with pytest.raises(ModelNotFound):
+        verdict_of(site.settings, 99)
+
+
+def test_figures_of_an_earlier_look_do_not_stand_beside_a_later_verdict(site):
+    champion = site.add(site.good)
+    site.promote()
+    right = site.registry.by_version(champion).tags["sha256.model.onnx"]
+    site.registry.set_tags(champion, {"sha256.model.onnx": "0" * 64})
+    version = site.add(site.good)
+    (waiting,) = site.promote()["candidates"]
+    assert (waiting["decision"], waiting["n"]) == ("pending", 200)
+    site.registry.set_tags(champion, {"sha256.model.onnx": right})
+    site.registry.set_tags(version, {"sha256.model.onnx": "0" * 64})
+    (refused,) = site.promote()["candidates"]
+    assert (refused["decision"], refused["test_accuracy"], refused["n"]) == ("refused", None, 0)
 
 
 def test_a_tie_keeps_the_champion(site):
@@ -246,22 +281,36 @@ def test_a_promotion_cut_short_at_any_write_ends_right_when_run_again(site):
         result = site.promote()
         assert (result["promoted"], site.standing()) == (True, (winner, champion)), f"after {passing} writes"
         assert site.registry.model_tag(MOVE_TAG) is None
-        decisions = {version: site.registry.by_version(version).decision for version in (winner, loser)}
+        verdicts = {version: verdict_of(site.settings, version) for version in (winner, loser)}
+        decisions = {version: verdict["decision"] for version, verdict in verdicts.items()}
         assert decisions == {winner: "promoted", loser: "refused"}, f"after {passing} writes"
+        assert {verdict["n"] for verdict in verdicts.values()} == {200}
+        assert verdicts[winner] in result["candidates"]
         # As it was before.
         site.registry.set_alias("champion", champion)
-        site.registry.delete_alias("previous")
+        take_alias(site.registry, "previous")
         for version in (winner, loser):
             site.registry.set_tags(version, {"gate.decision": "pending"})
     assert passing == 6, "loser, move, winner, previous, champion, move struck out"
 
 
-def test_a_rollback_cut_short_at_any_write_is_finished_by_whatever_comes_next(site):
+def by_promotion(site):
+    site.promote()
+
+
+def by_rollback(site):
+    result = rollback(site.settings)
+    assert result["rolled_back"] is True
+    assert result["reason"].startswith("Rolled back from version 2 to version 1")
+
+
+@pytest.mark.parametrize("come_next", [by_promotion, by_rollback])
+def test_a_rollback_cut_short_at_any_write_is_finished_by_whatever_comes_next(site, come_next):
     first = site.add(nearest_mean(site.test.images[:100], site.test.labels[:100]))
     site.promote()
     second = site.add(site.good)
     site.promote()
-    for passing in range(1, 20):
+    for passing in range(0 if come_next is by_rollback else 1, 20):
         with pytest.MonkeyPatch.context() as patch:
             Outage(patch, passing)
             try:
@@ -270,7 +319,7 @@ def test_a_rollback_cut_short_at_any_write_is_finished_by_whatever_comes_next(si
                 pass
             else:
                 break
-        site.promote()
+        come_next(site)
         assert site.standing() == (first, second), f"after {passing} writes"
         site.registry.set_alias("champion", second)
         site.registry.set_alias("previous", first)

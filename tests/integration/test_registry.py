@@ -6,11 +6,15 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from ml.errors import ModelInvalid, ModelNotFound, RegistryUnavailable, StorageError
-from ml.registry.versions import Registry, sha256
+from ml.digests import file_digest
+from ml.errors import ModelInvalid, ModelNotFound, RegistryError, RegistryUnavailable, StorageError
+from ml.registry import versions
+from ml.registry.versions import Registry
 from tests.tiny_models import always
-from tests.tiny_versions import empty_registry, register_tiny, small_dataset
+from tests.tiny_versions import empty_registry, register_tiny, small_dataset, take_alias
 
 
 @pytest.fixture
@@ -59,7 +63,6 @@ def test_a_model_without_that_alias_is_there_is_none(here, tmp_path):
     register_tiny(here, small_dataset(here), tmp_path)
     registry = Registry(here.tracking_uri)
     assert registry.by_alias("champion") is None
-    registry.delete_alias("champion")  # without effect
 
 
 ANSWERS = {
@@ -125,8 +128,40 @@ def test_versions_are_found_by_dataset_and_decision_newest_first(here, tmp_path)
     registry.set_alias("champion", 2)
     assert registry.by_alias("champion") == registry.by_version(2) == registry.versions()[1]
     assert registry.by_version(2).aliases == ("champion",)
-    registry.delete_alias("champion")
+    take_alias(registry, "champion")
     assert registry.by_alias("champion") is None
+
+
+def test_an_alias_that_is_set_between_two_questions_is_found(here, tmp_path, monkeypatch):
+    version = register_tiny(here, small_dataset(here), tmp_path)
+    registry = Registry(here.tracking_uri)
+    listed = Registry._aliases
+
+    def later(self):
+        self.set_alias("champion", version.version)
+        return listed(self)
+
+    monkeypatch.setattr(Registry, "_aliases", later)
+    assert registry.by_alias("champion").version == version.version
+
+
+def test_an_alias_that_is_there_and_refused_all_the_same_is_an_error(here, tmp_path):
+    register_tiny(here, small_dataset(here), tmp_path)
+    refusing = Registry(here.tracking_uri)
+
+    def refuse(*_):
+        raise MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
+
+    refusing._client.get_model_version_by_alias = refuse
+    with pytest.raises(RegistryError, match="refused"):
+        refusing.by_alias("challenger")
+
+
+def test_the_address_is_told_without_its_password():
+    registry = Registry("http://me:s3cret@127.0.0.1:9")
+    with pytest.raises(RegistryUnavailable, match=r"http://127\.0\.0\.1:9") as error:
+        registry.versions()
+    assert "s3cret" not in str(error.value)
 
 
 def test_fetch_brings_what_is_asked_for_once_and_whole(here, tmp_path):
@@ -150,10 +185,23 @@ def test_a_cached_file_that_was_altered_is_brought_again(here, tmp_path):
     version = register_tiny(here, small_dataset(here), tmp_path)
     registry = Registry(here.tracking_uri)
     onnx = registry.fetch(version, here.cache_dir, files=("model.onnx",)) / "artifacts/model.onnx"
-    right = sha256(onnx)
+    right = file_digest(onnx)
     onnx.write_bytes(onnx.read_bytes()[:-10])
     registry.fetch(version, here.cache_dir, files=("model.onnx",))
-    assert sha256(onnx) == right
+    assert file_digest(onnx) == right
+
+
+def test_a_cached_file_that_cannot_be_read_is_the_disks_fault(here, tmp_path, monkeypatch):
+    version = register_tiny(here, small_dataset(here), tmp_path)
+    registry = Registry(here.tracking_uri)
+    registry.fetch(version, here.cache_dir, files=("model.onnx",))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(versions, "file_digest", refuse)
+    with pytest.raises(StorageError, match="Permission denied"):
+        registry.fetch(version, here.cache_dir, files=("model.onnx",))
 
 
 def test_a_file_in_the_cache_needs_no_registry(here, tmp_path):

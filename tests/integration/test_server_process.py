@@ -18,7 +18,7 @@ from ml.registry.versions import Registry
 from ml.settings import PROJECT_ROOT
 from tests.conftest import free_port, stop, wait_until
 from tests.tiny_models import always, make_onnx
-from tests.tiny_versions import empty_registry, register_tiny, small_dataset
+from tests.tiny_versions import empty_registry, register_tiny, small_dataset, take_alias
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -121,7 +121,7 @@ def test_it_follows_the_alias_in_a_real_registry(tmp_path, settings, mlflow_uri,
         model = httpx.get(f"{url}/v1/model").json()
         assert (model["data"], model["architecture"], model["weights"]) == ("SYNTHETIC", "baseline", "RANDOM WEIGHTS")
         assert model["failure"] is None
-        registry.delete_alias("champion")
+        take_alias(registry, "champion")
         wait_until(lambda: httpx.get(f"{url}/v1/model").json()["failure"], seconds=30, what="the report")
         assert said() == 9  # nobody else is champion: it goes on
     fetched = sorted(p.name for p in (tmp_path / "var" / "cache" / "models").rglob("*") if p.is_file())
