@@ -116,8 +116,7 @@ def decide(candidates: Sequence[Contender], champion: Contender | None, *, new_l
         return Decision(None, obstacle, _verdicts(ordered, broken, waiting))
 
     chosen = max(whole, key=lambda item: (item.validation_accuracy or 0.0, item.version))
-    rival = champion if champion is not None and champion.dataset_id == chosen.dataset_id else None
-    wins, reason = _judge(chosen, rival)
+    wins, reason = _judge(chosen, champion)
     passed_over = {
         item.version: Verdict(
             item.version,
@@ -165,12 +164,12 @@ def _judge(chosen: Contender, champion: Contender | None) -> tuple[bool, str]:
     assert chosen.test is not None  # noqa: S101 - whole candidates only
     mine = chosen.test
     who = f"version {chosen.version} ({chosen.architecture})"
-    if champion is None or champion.test is None:
+    if champion is None or champion.test is None or champion.dataset_id != chosen.dataset_id:
         lower, _ = wilson_interval(round(mine.accuracy * mine.n), mine.n)
         figures = f"test accuracy {mine.accuracy:.4f} on {mine.n} images, 95 % lower bound {lower:.4f}"
         if lower > CHANCE:
-            return True, f"No champion to beat; {who} is above chance ({CHANCE:.2f}): {figures}."
-        return False, f"{who} is not clearly above chance ({CHANCE:.2f}): {figures}."
+            return True, f"{_without_rival(chosen, champion)} {who} is above chance ({CHANCE:.2f}): {figures}."
+        return False, f"{_without_rival(chosen, champion)} {who} is not clearly above chance ({CHANCE:.2f}): {figures}."
     theirs = champion.test
     other = f"champion version {champion.version} ({champion.architecture})"
     if theirs.n != mine.n:
@@ -181,6 +180,15 @@ def _judge(chosen: Contender, champion: Contender | None) -> tuple[bool, str]:
     if mine.accuracy == theirs.accuracy:
         return False, f"{who} only equals {other}, and a tie keeps the champion: {figures}."
     return False, f"{who} is not better than {other}: {figures}."
+
+
+def _without_rival(chosen: Contender, champion: Contender | None) -> str:
+    if champion is None:
+        return "No champion to beat;"
+    return (
+        f"A new lineage: the champion, version {champion.version} of dataset {champion.dataset_id or 'unknown'}, is "
+        f"not compared with models of {chosen.dataset_id};"
+    )
 
 
 def _verdicts(

@@ -86,8 +86,11 @@ def test_without_a_measured_champion_of_the_same_dataset_candidates_wait(champio
 
 def test_a_new_lineage_succeeds_a_champion_of_another_dataset():
     champion = contender(1, 0.5, None, dataset_id="ds-b")
-    assert decide([contender(2, 0.5, 0.5)], champion, new_lineage=True).promoted == 2
-    assert decide([contender(2, 0.5, 0.1)], champion, new_lineage=True).promoted is None
+    for accuracy, promoted in ((0.5, 2), (0.1, None)):
+        decision = decide([contender(2, 0.5, accuracy)], champion, new_lineage=True)
+        assert decision.promoted == promoted
+        assert "version 1 of dataset ds-b, is not compared with models of ds-a" in decision.reason
+        assert "No champion" not in decision.reason
 
 
 def test_a_new_lineage_excuses_nothing_within_one_dataset():
