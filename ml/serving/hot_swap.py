@@ -22,8 +22,6 @@ from ml.serving.engine import Engine
 logger = logging.getLogger(__name__)
 
 ALIAS = "champion"
-RETRY_SECONDS = 2
-"""What a client is told to wait for a model to appear: one poll."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +167,16 @@ class ChampionFollower:
             self._thread.join(1)
 
     def poll(self) -> None:
-        """Looks once and swaps where the champion is another one. Called by the thread; a test may call it itself."""
+        """Looks once and swaps where the champion is another one. Called by the thread; a test may call it itself.
+
+        What fails is told by `state`; who serves goes on.
+        """
         try:
             champion = self._source.champion()
-        except RegistryUnavailable as error:
+        except (CifarError, OSError) as error:
             self._fail(error)
-            if not self._recalled and self._state.model is None:
+            unasked = isinstance(error, RegistryUnavailable)
+            if unasked and not self._recalled and self._state.model is None:
                 self._recalled = True
                 self._recall()
             return
@@ -189,7 +191,10 @@ class ChampionFollower:
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            self.poll()
+            try:
+                self.poll()
+            except Exception as error:  # noqa: BLE001 - a thread that dies unseen would never see a champion again
+                self._fail(error)
             self._ending.wait(self._every)
 
     def _is_serving(self, champion: Champion) -> bool:
@@ -216,7 +221,7 @@ class ChampionFollower:
         try:
             path = self._source.fetch(champion)
             engine = self._load(path)
-        except CifarError as error:
+        except (CifarError, OSError) as error:
             # A registry that went away in between may be back at the next look; a broken version stays broken.
             if not isinstance(error, ServiceUnavailable):
                 self._refused = (champion, time.monotonic())
@@ -242,11 +247,12 @@ class ChampionFollower:
         instead = f", instead of version {before.version}" if before else ""
         logger.info("%s version %d (%s) serves now%s.", model.name, model.version, model.data, instead)
 
-    def _fail(self, error: CifarError, version: int | None = None) -> None:
+    def _fail(self, error: Exception, version: int | None = None) -> None:
         failure = Failure(datetime.now(UTC), version, _for_clients(error))
         last = self._state.failure
         if last is None or (last.version, last.message) != (failure.version, failure.message):
-            logger.warning("Champion: %s", error)
+            expected = isinstance(error, (CifarError, OSError))
+            logger.warning("Champion: %s", error, exc_info=None if expected else error)
         failed_swaps = self._state.failed_swaps + (version is not None)
         self._state = replace(self._state, failure=failure, failed_swaps=failed_swaps)
 
@@ -273,7 +279,7 @@ class ChampionFollower:
             return
         try:
             engine = self._load(path)
-        except ModelInvalid as error:
+        except (ModelInvalid, OSError) as error:
             logger.warning("The last champion cannot be used: %s", error)
             return
         logger.warning("The registry is away: the last champion is taken from the cache.")
@@ -281,11 +287,13 @@ class ChampionFollower:
         self._state = replace(self._state, failure=failure)
 
 
-def _for_clients(error: CifarError) -> str:
+def _for_clients(error: Exception) -> str:
     if isinstance(error, (ModelInvalid, ModelNotFound)):
         return str(error)  # speaks of versions and of file names alone
     if isinstance(error, RegistryUnavailable):
         return "The model registry could not be asked."
-    if isinstance(error, StorageError):
+    if isinstance(error, (StorageError, OSError)):
         return "The model's files could not be kept on the server's disk."
-    return "The model registry refused to hand out the model."
+    if isinstance(error, CifarError):
+        return "The model registry refused to hand out the model."
+    return "The server could not look for its model; its log says why."

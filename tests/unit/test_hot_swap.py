@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -215,6 +216,7 @@ def test_a_registry_that_has_no_champion_is_believed_over_the_memory(stage):
         (RegistryUnavailable("MLflow at http://secret:5000 is away.", fix="-"), "could not be asked", True),
         (RegistryError("MLflow at http://secret:5000 refused.", fix="-"), "refused", False),
         (StorageError("/secret/cache is full.", fix="-"), "disk", False),
+        (PermissionError("/secret/cache/model.onnx"), "disk", False),
         (ModelInvalid("model.onnx has another checksum.", fix="-"), "checksum", False),
     ],
 )
@@ -233,6 +235,62 @@ def test_a_fetch_that_fails_is_told_in_public_words(stage, error, said, asked_ag
     assert said in message
     assert "secret" not in message
     assert len(fetches) == (2 if asked_again else 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RegistryError("MLflow at http://secret:5000 refused.", fix="-"), "refused"),
+        (OSError("/secret/cache"), "disk"),
+    ],
+)
+def test_a_question_that_fails_in_whatever_way_is_told_and_leaves_the_old_model(stage, error, said):
+    stage.crown(1, 4)
+    stage.follower.poll()
+
+    def champion():
+        raise error
+
+    answering, stage.source.champion = stage.source.champion, champion
+    stage.follower.poll()
+    assert answers(stage.follower) == (1, 4)
+    message = stage.follower.state().failure.message
+    assert said in message
+    assert "secret" not in message
+    stage.source.champion = answering
+    stage.follower.poll()
+    assert stage.follower.state().failure is None
+
+
+def test_the_thread_outlives_an_error_that_nobody_foresaw(stage, caplog):
+    stage.crown(1, 4)
+    answering, failed, answered = stage.source.champion, threading.Event(), threading.Event()
+    looks = []
+
+    def champion():
+        looks.append(stage.follower)
+        if len(looks) < 3:
+            raise ZeroDivisionError("secret")
+        if len(looks) == 3:
+            failed.set()
+            assert answered.wait(10)
+        return answering()
+
+    stage.source.champion = champion
+    follower = stage.follower = stage.another(every=0.01)
+    follower.start()
+    try:
+        assert failed.wait(10), "the thread died"
+        assert follower.state().failure.message == "The server could not look for its model; its log says why."
+        assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError]  # once, with its place
+        swapped, load = threading.Event(), follower._take
+        follower._take = lambda *arguments: (load(*arguments), swapped.set())
+        answered.set()
+        assert swapped.wait(10)
+        assert answers(follower) == (1, 4)
+    finally:
+        answered.set()
+        follower.close()
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_serving(stage, caplog):
