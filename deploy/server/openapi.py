@@ -11,7 +11,6 @@ Json = dict[str, Any]
 _UUID: Json = {"type": "string", "format": "uuid"}
 _TIME: Json = {"type": "string", "format": "date-time"}
 _PROBABILITY: Json = {"type": "number", "minimum": 0, "maximum": 1}
-_ANY_OBJECT: Json = {"type": "object"}
 _BASE64: Json = {"type": "string", "contentEncoding": "base64"}
 _LABEL: Json = {"type": "string", "enum": list(CLASS_NAMES)}
 _PIXELS: Json = {

@@ -14,7 +14,7 @@ from deploy.server.access import Gate
 from deploy.server.bodies import images_of, json_of
 from deploy.server.metrics import ServerMetrics
 from ml.datasets.labels import CLASS_NAMES
-from ml.errors import InputInvalid, ServiceUnavailable
+from ml.errors import InputInvalid
 from ml.monitoring.prediction_log import LoggedPrediction, LogState
 from ml.serving.decoding import images_from_mlflow
 from ml.serving.hot_swap import FollowerState, LoadedModel
@@ -148,12 +148,3 @@ def _feedback_of(payload: dict[str, object]) -> tuple[UUID, int, str]:
         said = f"The label {label[:40]!r}" if isinstance(label, str) else "The label"
         raise InputInvalid(f"{said} is none of the ten classes.", fix=f"send one of {', '.join(CLASS_NAMES)}.")
     return identity, index, label
-
-
-def unavailable_reason(follower: Follower) -> str | None:
-    """Why nothing can be predicted; None where it can."""
-    try:
-        follower.current()
-    except ServiceUnavailable as error:
-        return str(error)
-    return None
