@@ -147,9 +147,9 @@ def write_report(
     run_id = uuid.uuid5(PROJECT_ID, name)
     html, plain = (reports_dir / "windows" / f"{name}.{ending}" for ending in ("html", "json"))
     try:
-        _write(html, snapshot.get_html_str(as_iframe=False))
-        _write(plain, snapshot.json())
-        _add_to_workspace(reports_dir / "workspace", run_id, snapshot)
+        _write(html, snapshot.get_html_str(as_iframe=False), reports_dir)
+        _write(plain, snapshot.json(), reports_dir)
+        _add_to_workspace(reports_dir, run_id, snapshot)
     except OSError as error:
         raise StorageError(
             f"The window's report could not be written under {reports_dir}: {error}.",
@@ -185,25 +185,6 @@ def _metrics(current: Sample, drift: DriftResult) -> list[Any]:
     ]
 
 
-def ensure_project(workspace: Path) -> None:
-    """Creates the project with its dashboard in a workspace where it is not yet. Idempotent.
-
-    Raises:
-        OSError: when the disk refuses.
-    """
-    folder = workspace / str(PROJECT_ID)
-    (folder / "snapshots").mkdir(parents=True, exist_ok=True)
-    if not (folder / "dashboard.json").exists():
-        _write(folder / "dashboard.json", _dump(_dashboard()))
-    if not (folder / "metadata.json").exists():
-        project = ProjectModel(
-            id=PROJECT_ID,
-            name=PROJECT_NAME,
-            description="Live predictions of the champion, window by window, against its own held-out predictions.",
-        )
-        _write(folder / "metadata.json", _dump(project))
-
-
 def _dashboard() -> DashboardModel:
     panels = [
         line_plot_panel(
@@ -225,32 +206,38 @@ def _dashboard() -> DashboardModel:
     return DashboardModel(tabs=[tab], panels=panels)
 
 
-def _add_to_workspace(workspace: Path, run_id: uuid.UUID, snapshot: Snapshot) -> None:
+def _add_to_workspace(reports_dir: Path, run_id: uuid.UUID, snapshot: Snapshot) -> None:
     """What `Workspace.add_run` does, but under a name of our choice and with a file that appears whole."""
-    ensure_project(workspace)
-    _write(workspace / str(PROJECT_ID) / "snapshots" / f"{run_id}.json", _dump(snapshot.to_snapshot_model()))
+    folder = reports_dir / "workspace" / str(PROJECT_ID)
+    (folder / "snapshots").mkdir(parents=True, exist_ok=True)
+    if not (folder / "dashboard.json").exists():
+        _write(folder / "dashboard.json", _dump(_dashboard()), reports_dir)
+    if not (folder / "metadata.json").exists():
+        project = ProjectModel(
+            id=PROJECT_ID,
+            name=PROJECT_NAME,
+            description="Live predictions of the champion, window by window, against its own held-out predictions.",
+        )
+        _write(folder / "metadata.json", _dump(project), reports_dir)
+    _write(folder / "snapshots" / f"{run_id}.json", _dump(snapshot.to_snapshot_model()), reports_dir)
 
 
 def _dump(model: Any) -> str:
     return json.dumps(model.dict(), cls=NumpyEncoder)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, reports_dir: Path) -> None:
     """Writes a whole file at once, in a way that a running Evidently UI notices.
 
-    The UI watches its folder for a name being created or changed, and not for a file that is moved to it: a new name
-    is therefore made as a link, and a replaced one is touched.
+    The UI watches its workspace for names that are created, and takes no notice of a file that is renamed within it;
+    one that is moved in from outside is a name created. So the text is first written beside the workspace.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=reports_dir)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
         Path(temporary).chmod(0o644)
-        if path.exists():
-            Path(temporary).replace(path)
-            os.utime(path)
-        else:
-            path.hardlink_to(temporary)
+        Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)

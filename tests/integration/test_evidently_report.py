@@ -10,6 +10,7 @@ import pytest
 from ml.errors import StorageError
 from ml.monitoring.reference import STATISTIC_NAMES, Sample
 from ml.monitoring.statistics import test_drift
+from tests.conftest import wait_until
 
 
 def draw(generator, n, shift=0.0):
@@ -105,3 +106,35 @@ def test_a_refusing_disk_is_a_storage_error(write, tmp_path):
     (tmp_path / "windows").write_text("a file where a folder should be")
     with pytest.raises(StorageError, match="could not be written"):
         write(0.0)
+
+
+def test_a_file_system_without_hard_links_will_do(write, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    report, _ = write(0.0)
+    assert report.html.exists()
+    assert report.json.exists()
+
+
+def test_a_ui_that_runs_already_shows_a_new_window(write, tmp_path):
+    from evidently.ui.service.storage.local.base import LocalState
+    from evidently.ui.service.storage.local.watcher import WorkspaceDirHandler
+    from watchdog.observers import Observer
+
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    state = LocalState.load(str(workspace), None)
+    observer = Observer()
+    observer.schedule(WorkspaceDirHandler(state), str(workspace), recursive=True)
+    observer.start()
+    try:
+        for count, first_id in enumerate((1, 301), start=1):
+            write(0.0, first_id=first_id)
+            shown = lambda wanted=count: [len(runs) for runs in state.snapshots.values()] == [wanted]  # noqa: E731
+            wait_until(shown, seconds=20, what="the window in the UI's memory")
+        assert [project.name for project in state.projects.values()] == ["cifar10-classifier"]
+    finally:
+        observer.stop()
+        observer.join()
