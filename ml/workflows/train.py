@@ -23,7 +23,7 @@ from ml.serving.engine import Engine
 from ml.settings import Settings
 from ml.training import fit
 from ml.training.export import ExportedModel, export
-from ml.training.recipe import Recipe
+from ml.training.recipe import Recipe, load_recipe
 from ml.training.stages import StageHistory
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,22 @@ def train(settings: Settings, architecture: str, dataset_id: str, recipe: Recipe
             "stages": [_summary(stage) for stage in trained.stages],
             "seconds": round(trained.seconds, 1),
         }
+
+
+def train_by_name(
+    settings: Settings, architecture: str, *, dataset_id: str, recipe: str, retraining_id: int | None = None
+) -> dict[str, object]:
+    """`train` by a recipe's name, as `ml.workflows.training_choice.choose` gives it.
+
+    A retraining adds its id to the recipe's seed: by the same seed on the same data it would only make the same model
+    again. Tried again, it makes what it would have made before.
+
+    Raises:
+        ConfigurationError: there is no such recipe, or it cannot work.
+        As `train`.
+    """
+    chosen = load_recipe(architecture, recipe)
+    return train(settings, architecture, dataset_id, chosen.with_overrides(seed=chosen.seed + (retraining_id or 0)))
 
 
 def _tags(manifest: Manifest, recipe: Recipe) -> dict[str, str]:

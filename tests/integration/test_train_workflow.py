@@ -153,3 +153,20 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
         train(
             settings.model_copy(update={"mlflow_tracking_uri": "http://127.0.0.1:9"}), "baseline", dataset_id, BASELINE
         )
+
+
+def test_a_retraining_is_by_the_same_recipe_with_a_seed_of_its_own(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml.training.recipe import load_recipe
+    from ml.workflows import train as workflow
+
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(workflow, "train", lambda *asked: calls.append(asked) or {})
+    for retraining_id in (None, 1, 2, 2):
+        workflow.train_by_name(settings, "baseline", dataset_id="ds-0", recipe="demo", retraining_id=retraining_id)
+    demo = load_recipe("baseline", "demo")
+    seeds = [demo.seed, demo.seed + 1, demo.seed + 2, demo.seed + 2]
+    assert calls == [(settings, "baseline", "ds-0", demo.with_overrides(seed=seed)) for seed in seeds]
+    with pytest.raises(ConfigurationError, match="no recipe"):
+        workflow.train_by_name(settings, "baseline", dataset_id="ds-0", recipe="none such")
