@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow.sdk import Param, dag, task
 
-from dags.cifar10_shared import DATASET, NEW_LINEAGE_PARAM, RECIPE_PARAM, RETRIES, TEST_LIMIT_PARAM, attempt
+from dags.cifar10_shared import DATASET, NEW_LINEAGE_PARAM, RECIPE_PARAM, TASK_DEFAULTS, TEST_LIMIT_PARAM, attempt
 
 
 @dag(
@@ -20,7 +20,7 @@ from dags.cifar10_shared import DATASET, NEW_LINEAGE_PARAM, RECIPE_PARAM, RETRIE
     max_active_runs=1,
     doc_md=__doc__,
     tags=["cifar10", "data"],
-    default_args=RETRIES,
+    default_args=TASK_DEFAULTS,
     params={
         "source": Param(
             None,

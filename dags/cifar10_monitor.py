@@ -2,7 +2,8 @@
 
 Compares the predictions since the last window with the champion's reference: an Evidently report for people, a
 calibrated test for the verdict, live accuracy where labels were sent. On drift: an alert, and a retraining of the
-champion's architecture unless one runs or ran a short while ago.
+champion's architecture, on its dataset and by its recipe, unless one runs or ran a short while ago. A retraining that
+was asked for and never started is started by the next run.
 """
 
 from datetime import timedelta
@@ -12,7 +13,7 @@ from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOpe
 from airflow.sdk import CronTriggerTimetable, Param, dag, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from dags.cifar10_shared import RECIPE_PARAM, RETRIES, TRAINERS, attempt
+from dags.cifar10_shared import RECIPE_PARAM, TASK_DEFAULTS, TRAINERS, attempt
 
 
 @dag(
@@ -21,7 +22,7 @@ from dags.cifar10_shared import RECIPE_PARAM, RETRIES, TRAINERS, attempt
     max_active_runs=1,
     doc_md=__doc__,
     tags=["cifar10", "monitoring"],
-    default_args=RETRIES,
+    default_args=TASK_DEFAULTS,
     params={
         "min_predictions": Param(
             None, type=["null", "integer"], minimum=2, title="Fewest predictions", description="Fewer: `insufficient`."
@@ -53,14 +54,20 @@ def cifar10_monitor() -> None:
     @task
     def request_retraining(result: dict[str, Any], *, params: Any = None) -> dict[str, Any]:
         due = result["retraining"]
-        conf = {"recipe": params["recipe"], "retraining_id": due["retraining_id"]}
-        return {"trainer": TRAINERS[due["architecture"]], "conf": conf}
+        conf = {name: due[name] for name in ("dataset_id", "recipe", "retraining_id")}
+        if params["recipe"] is not None:
+            conf["recipe"] = params["recipe"]
+        run_id = f"retraining__{due['retraining_id']}"
+        return {"trainer": TRAINERS[due["architecture"]], "run_id": run_id, "conf": conf}
 
     verdict = monitor()
     request = request_retraining(verdict)
     retrain = TriggerDagRunOperator(
         task_id="retrain",
         trigger_dag_id="{{ ti.xcom_pull('request_retraining')['trainer'] }}",
+        # A retraining is handed on until its trainer has begun; its run is made once.
+        trigger_run_id="{{ ti.xcom_pull('request_retraining')['run_id'] }}",
+        skip_when_already_exists=True,
         conf=request["conf"],
     )
     retraining_is_due(verdict) >> request >> retrain

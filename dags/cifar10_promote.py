@@ -9,16 +9,18 @@ from datetime import timedelta
 from typing import Any
 
 from airflow.sdk import dag, task
+from airflow.sdk.exceptions import AirflowFailException
 
 from dags.cifar10_shared import (
     BASELINE_CANDIDATE,
     DATASET_PARAM,
     NEW_LINEAGE_PARAM,
-    RETRIES,
+    TASK_DEFAULTS,
     TEST_LIMIT_PARAM,
     VGG16_CANDIDATE,
     attempt,
     request_of,
+    retrainings_of,
 )
 
 
@@ -28,30 +30,50 @@ from dags.cifar10_shared import (
     max_active_runs=1,
     doc_md=__doc__,
     tags=["cifar10", "gate"],
-    default_args=RETRIES,
-    params={
-        "dataset_id": DATASET_PARAM,
-        "test_limit": TEST_LIMIT_PARAM,
-        "new_lineage": NEW_LINEAGE_PARAM,
-    },
+    default_args=TASK_DEFAULTS,
+    params={"dataset_id": DATASET_PARAM, "test_limit": TEST_LIMIT_PARAM, "new_lineage": NEW_LINEAGE_PARAM},
 )
 def cifar10_promote() -> None:
     @task(execution_timeout=timedelta(minutes=60))
     def promote(**context: Any) -> dict[str, Any]:
         from ml.settings import load_settings
-        from ml.workflows.monitor import finish_retraining
         from ml.workflows.promote import promote as workflow
 
         settings, request = load_settings(), request_of(context)
         names = ("dataset_id", "test_limit", "new_lineage")
-        result = attempt(lambda: workflow(settings, **{name: request[name] for name in names if name in request}))
-        for event in [e for found in (context.get("triggering_asset_events") or {}).values() for e in found]:
-            if event.extra.get("retraining_id") is not None:
-                outcome = "promoted" if result["promoted"] else "refused"
-                finish_retraining(settings, event.extra["retraining_id"], f"{outcome}: {result['reason']}")
-        return result
+        return attempt(lambda: workflow(settings, **{name: request[name] for name in names if name in request}))
 
-    promote()
+    @task
+    def close_retrainings(**context: Any) -> None:
+        from ml.settings import load_settings
+        from ml.workflows.monitor import finish_retraining
+        from ml.workflows.promote import verdict_of
+
+        def work() -> None:
+            settings = load_settings()
+            for asked in retrainings_of(context):
+                verdict = verdict_of(settings, asked["version"])
+                outcome = f"{verdict['decision']}: {verdict['reason'] or 'this run did not judge it'}"
+                finish_retraining(settings, asked["retraining_id"], outcome)
+
+        attempt(work)
+
+    @task(trigger_rule="one_failed")
+    def close_failed_retrainings(**context: Any) -> None:
+        from ml.settings import load_settings
+        from ml.workflows.monitor import finish_retraining
+
+        def work() -> None:
+            for asked in retrainings_of(context):
+                finish_retraining(load_settings(), asked["retraining_id"], "the gate failed")
+
+        attempt(work)
+        # A leaf that succeeds would make a failed run look green.
+        raise AirflowFailException("The gate failed; see the tasks before this one.")
+
+    judged, closed = promote(), close_retrainings()
+    judged >> closed
+    [judged, closed] >> close_failed_retrainings()
 
 
 cifar10_promote()

@@ -7,21 +7,24 @@ the trigger form wins over it. Ids travel, never data.
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from airflow.sdk import Asset, Param
 from airflow.sdk.exceptions import AirflowFailException
+
+Result = TypeVar("Result")
 
 DATASET = Asset("cifar10_dataset", uri="cifar10://dataset")
 BASELINE_CANDIDATE = Asset("cifar10_baseline_candidate", uri="cifar10://candidate/baseline")
 VGG16_CANDIDATE = Asset("cifar10_vgg16_candidate", uri="cifar10://candidate/vgg16")
 
 TRAINERS = {"baseline": "cifar10_train_baseline", "vgg16": "cifar10_finetune_vgg16"}
-RETRIES = {
+TASK_DEFAULTS = {
     "retries": 3,
     "retry_delay": timedelta(seconds=20),
     "retry_exponential_backoff": True,
     "max_retry_delay": timedelta(minutes=5),
+    "execution_timeout": timedelta(minutes=5),
 }
 RECIPES = sorted({path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*/*.toml")})
 
@@ -38,7 +41,6 @@ DATASET_PARAM = Param(
 TEST_LIMIT_PARAM = Param(
     None, type=["null", "integer"], minimum=100, title="Test images", description="Judge on so many; empty: on all."
 )
-
 NEW_LINEAGE_PARAM = Param(
     None,
     type=["null", "boolean"],
@@ -47,7 +49,7 @@ NEW_LINEAGE_PARAM = Param(
 )
 
 
-def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(work: Callable[[], Result]) -> Result:
     """Does the work; what trying again can mend is retried, everything else fails at once."""
     from ml.errors import CifarError, ServiceUnavailable, SourceUnreachable, StorageError
 
@@ -59,9 +61,19 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         raise AirflowFailException(str(error)) from error
 
 
+def _events(context: Mapping[str, Any]) -> list[Any]:
+    """The asset events that triggered the run, oldest first; none where a person did."""
+    events = [event for found in (context.get("triggering_asset_events") or {}).values() for event in found]
+    return sorted(events, key=lambda event: event.timestamp)
+
+
 def request_of(context: Mapping[str, Any]) -> dict[str, Any]:
     """The triggering events' extras, later ones over earlier ones, and the form's values over both."""
-    events = [event for found in (context.get("triggering_asset_events") or {}).values() for event in found]
-    extras = [event.extra for event in sorted(events, key=lambda event: event.timestamp)]
     typed = {name: value for name, value in context["params"].items() if value is not None}
+    extras = [event.extra for event in _events(context)]
     return {name: value for extra in [*extras, typed] for name, value in extra.items()}
+
+
+def retrainings_of(context: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The extras of those triggering events whose candidate comes of a retraining."""
+    return [event.extra for event in _events(context) if event.extra.get("retraining_id") is not None]

@@ -6,7 +6,15 @@ from typing import Any
 from airflow.sdk import Asset, Param, dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
-from dags.cifar10_shared import DATASET, DATASET_PARAM, RECIPE_PARAM, RETRIES, TEST_LIMIT_PARAM, attempt, request_of
+from dags.cifar10_shared import (
+    DATASET,
+    DATASET_PARAM,
+    RECIPE_PARAM,
+    TASK_DEFAULTS,
+    TEST_LIMIT_PARAM,
+    attempt,
+    request_of,
+)
 
 TRAINING_POOL = "training"
 
@@ -20,7 +28,7 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
         max_active_runs=1,
         doc_md=doc_md,
         tags=["cifar10", "training"],
-        default_args=RETRIES,
+        default_args=TASK_DEFAULTS,
         params={
             "recipe": RECIPE_PARAM,
             "dataset_id": DATASET_PARAM,
@@ -29,40 +37,35 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
         },
     )
     def training() -> None:
-        @task(execution_timeout=timedelta(minutes=5))
+        @task
         def choose(**context: Any) -> dict[str, Any]:
-            from ml.datasets.store import latest_dataset_id
             from ml.settings import load_settings
+            from ml.workflows.monitor import start_retraining
+            from ml.workflows.training_choice import choose as workflow
 
-            settings = load_settings()
-            request = {"recipe": "report"} | request_of(context)
-            if "dataset_id" in request:
-                return request
-            return attempt(lambda: request | {"dataset_id": latest_dataset_id(settings.data_url)})
+            settings, request = load_settings(), request_of(context)
+            if request.get("retraining_id") is not None:
+                attempt(lambda: start_retraining(settings, request["retraining_id"]))
+            asked = {name: request.get(name) for name in ("dataset_id", "recipe")}
+            return request | attempt(lambda: workflow(settings, architecture, **asked))
 
         @task(pool=TRAINING_POOL, execution_timeout=timeout, outlets=[candidate])
         def train(request: dict[str, Any], *, outlet_events: Any = None) -> dict[str, Any]:
             from ml.settings import load_settings
-            from ml.training.recipe import load_recipe
-            from ml.workflows import train as workflow
+            from ml.workflows.train import train_by_name
 
-            def work() -> dict[str, Any]:
-                recipe = load_recipe(architecture, request["recipe"])
-                # A retraining by the same seed on the same data would only make the same model again.
-                recipe = recipe.with_overrides(seed=recipe.seed + (request.get("retraining_id") or 0))
-                return workflow.train(load_settings(), architecture, request["dataset_id"], recipe)
-
-            result = attempt(work)
+            asked = {name: request.get(name) for name in ("dataset_id", "recipe", "retraining_id")}
+            result = attempt(lambda: train_by_name(load_settings(), architecture, **asked))
             outlet_events[candidate].extra = request | {"version": result["version"]}
             return result
 
-        @task(trigger_rule="one_failed", execution_timeout=timedelta(minutes=5))
+        @task(trigger_rule="one_failed")
         def close_failed_retraining(*, params: Any = None) -> None:
             from ml.settings import load_settings
             from ml.workflows.monitor import finish_retraining
 
             if params["retraining_id"] is not None:
-                finish_retraining(load_settings(), params["retraining_id"], "training failed")
+                attempt(lambda: finish_retraining(load_settings(), params["retraining_id"], "training failed"))
             # A leaf that succeeds would make a failed run look green.
             raise AirflowFailException("The training failed; see the tasks before this one.")
 

@@ -7,7 +7,7 @@ run and never loses it; a crash between delivery and mark delivers it twice.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -61,41 +61,31 @@ def alert_message(
     )
 
 
-def deliver(
-    alerts: Sequence[Alert],
-    *,
-    webhook_url: str | None,
-    mark_delivered: Callable[[int], None],
-    sleep: Callable[[float], None] = time.sleep,
-) -> list[int]:
-    """Delivers each alert over its channel and marks it; returns the ids of those that stay undelivered.
+def deliver(alert: Alert, *, webhook_url: str | None, sleep: Callable[[float], None] = time.sleep) -> bool:
+    """Delivers an alert over its channel; returns whether it arrived.
 
     A receiver that fails after three attempts is logged and never raises: the alert stays open for the next run.
 
     Args:
-        alerts: oldest first.
+        alert: a row that nobody has received yet.
         webhook_url: None leaves webhook alerts open.
-        mark_delivered: called with the id of each alert as soon as it is delivered.
         sleep: replaces waiting between attempts.
     """
-    open_ids: list[int] = []
+    if alert.channel == LOG:
+        logger.warning("%s", alert.message)
+        return True
+    if webhook_url is None:
+        return False
     with _address_kept_out_of_the_log(webhook_url), httpx.Client(timeout=_TIMEOUT, follow_redirects=False) as client:
-        for alert in alerts:
-            if alert.channel == LOG:
-                logger.warning("%s", alert.message)
-            elif webhook_url is None or not _post(client, webhook_url, alert, sleep):
-                open_ids.append(alert.id)
-                continue
-            mark_delivered(alert.id)
-    return open_ids
+        return _post(client, webhook_url, alert, sleep)
 
 
 @contextmanager
-def _address_kept_out_of_the_log(url: str | None) -> Iterator[None]:
+def _address_kept_out_of_the_log(url: str) -> Iterator[None]:
     """httpx logs the whole address of each request at INFO."""
 
     def without_it(record: logging.LogRecord) -> bool:
-        return url is None or url not in record.getMessage()
+        return url not in record.getMessage()
 
     chatter = logging.getLogger("httpx")
     chatter.addFilter(without_it)

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,6 +61,8 @@ class FakeVersion:
     name: str = "cifar10-classifier"
     version: int = 1
     architecture: str = "baseline"
+    dataset_id: str = "ds-0123456789ab"
+    tags: Mapping[str, str] = field(default_factory=lambda: {"recipe": "demo"})
 
 
 @dataclass

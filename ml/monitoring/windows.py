@@ -1,6 +1,8 @@
 """The monitor's memory in PostgreSQL: which predictions were judged, how, and what followed.
 
-Owns the tables `monitor_windows`, `alerts` and `retrainings`. Every prediction of a model version is judged once:
+Owns the tables `monitor_windows`, `alerts` and `retrainings`. No prediction is judged twice, and none of the champion's
+is stepped over. What a version predicted after its last window and before it lost the alias is not judged, unless it
+becomes champion again.
 
 - A version's watermark is the highest `last_id` of its judged windows. `insufficient` windows do not count: their
   predictions stay and accumulate.
@@ -13,7 +15,7 @@ Owns the tables `monitor_windows`, `alerts` and `retrainings`. Every prediction 
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -57,11 +59,21 @@ class JudgedWindow:
 
 
 @dataclass(frozen=True)
+class TrainingRequest:
+    """What to train as the champion was trained; None where its version does not say."""
+
+    architecture: str
+    dataset_id: str | None
+    recipe: str | None
+
+
+@dataclass(frozen=True)
 class RecordedRetraining:
     """What was decided about retraining; `retraining_id` is set when it is due."""
 
     decision: RetrainingDecision
     retraining_id: int | None
+    request: TrainingRequest
 
 
 class MonitorLock:
@@ -196,36 +208,42 @@ def _statistics(window: JudgedWindow) -> dict[str, object]:
 
 
 def decide_retraining(
-    cursor: Any, *, window_id: int, verdict: Verdict, architecture: str, cooldown: timedelta, now: datetime
+    cursor: Any, *, window_id: int, verdict: Verdict, request: TrainingRequest, cooldown: timedelta, now: datetime
 ) -> RecordedRetraining:
-    """Closes lost retrainings, decides, and claims the one open place when a retraining is due.
+    """Closes lost retrainings, decides, and claims the one open place when a new retraining is due.
 
-    The unique index `one_retraining_at_a_time` has the last word: whoever does not get the row does not train.
+    One that was claimed before and not started is handed on as it was asked for. The unique index
+    `one_retraining_at_a_time` has the last word: whoever does not get the row does not claim.
     """
-    lost = lost_retrainings(_history(cursor), now, cooldown)
+    lost = lost_retrainings(_history(cursor), now)
     if lost:
         logger.warning("Nothing more was heard of retraining %s: closed as lost", ", ".join(map(str, lost)))
         cursor.execute(
             "UPDATE retrainings SET finished_at = %s, outcome = %s WHERE id = ANY(%s)", (now, LOST, list(lost))
         )
     decision = retraining_decision(verdict, _history(cursor), now, cooldown)
-    if not decision.due:
-        return RecordedRetraining(decision, None)
-    cursor.execute(
-        "INSERT INTO retrainings (window_id, architecture, requested_at) VALUES (%s, %s, %s) "
-        "ON CONFLICT DO NOTHING RETURNING id",
-        (window_id, architecture, now),
-    )
-    claimed = cursor.fetchone()
-    if claimed is None:
-        return RecordedRetraining(retraining_decision(verdict, _history(cursor), now, cooldown), None)
-    return RecordedRetraining(decision, int(claimed[0]))
+    if decision.due and decision.asked_before is None:
+        cursor.execute(
+            "INSERT INTO retrainings (window_id, architecture, dataset_id, recipe, requested_at) "
+            "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING RETURNING id",
+            (window_id, request.architecture, request.dataset_id, request.recipe, now),
+        )
+        claimed = cursor.fetchone()
+        if claimed is not None:
+            return RecordedRetraining(decision, int(claimed[0]), request)
+        decision = retraining_decision(verdict, _history(cursor), now, cooldown)
+    if decision.asked_before is not None:
+        cursor.execute(
+            "SELECT architecture, dataset_id, recipe FROM retrainings WHERE id = %s", (decision.asked_before,)
+        )
+        return RecordedRetraining(decision, decision.asked_before, TrainingRequest(*cursor.fetchone()))
+    return RecordedRetraining(decision, None, request)
 
 
 def _history(cursor: Any) -> list[PastRetraining]:
     """The retrainings that a decision can turn on: the open ones and the latest."""
     cursor.execute(
-        "SELECT id, requested_at, finished_at, outcome FROM retrainings "
+        "SELECT id, requested_at, started_at, finished_at FROM retrainings "
         "WHERE finished_at IS NULL OR requested_at = (SELECT max(requested_at) FROM retrainings)"
     )
     return [PastRetraining(*row) for row in cursor.fetchall()]
@@ -239,15 +257,26 @@ def insert_alerts(cursor: Any, window_id: int, message: str, channels: Sequence[
         )
 
 
-def undelivered_alerts(cursor: Any) -> list[Alert]:
-    """The alerts that nobody has received yet, oldest first."""
-    cursor.execute("SELECT id, channel, message FROM alerts WHERE delivered_at IS NULL ORDER BY id")
-    return [Alert(*row) for row in cursor.fetchall()]
+def deliver_alerts(database_url: str, send: Callable[[Alert], bool]) -> None:
+    """Hands each undelivered alert to `send`, oldest first, and closes those for which it answers True.
 
+    An alert's row is locked while it is sent, so that of two that deliver at once only one sends it.
 
-def mark_delivered(cursor: Any, alert_id: int) -> None:
-    """Closes an alert."""
-    cursor.execute("UPDATE alerts SET delivered_at = now() WHERE id = %s", (alert_id,))
+    Raises:
+        DatabaseUnavailable: when PostgreSQL cannot be asked; what is open then stays open.
+    """
+    with transaction(database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT id FROM alerts WHERE delivered_at IS NULL ORDER BY id")
+        found = [row[0] for row in cursor.fetchall()]
+    for alert_id in found:
+        with transaction(database_url) as connection, connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT id, channel, message FROM alerts WHERE id = %s AND delivered_at IS NULL FOR UPDATE SKIP LOCKED",
+                (alert_id,),
+            )
+            row = cursor.fetchone()
+            if row is not None and send(Alert(*row)):
+                cursor.execute("UPDATE alerts SET delivered_at = now() WHERE id = %s", (alert_id,))
 
 
 def refresh_live_accuracy(cursor: Any, model_name: str, model_version: int) -> None:
@@ -274,6 +303,21 @@ def refresh_live_accuracy(cursor: Any, model_name: str, model_version: int) -> N
     )
 
 
+def mark_started(database_url: str, retraining_id: int) -> None:
+    """Notes that a trainer took a retraining, so that it is not handed on again. Idempotent: the first time stands.
+
+    Raises:
+        InputInvalid: when no retraining has this id.
+        DatabaseUnavailable: when PostgreSQL cannot be asked.
+    """
+    _update_retraining(
+        database_url,
+        retraining_id,
+        "UPDATE retrainings SET started_at = coalesce(started_at, now()) WHERE id = %(id)s",
+        {},
+    )
+
+
 def close_retraining(database_url: str, retraining_id: int, outcome: str) -> None:
     """Notes how a retraining ended. Idempotent; a late answer replaces `lost`, and no other outcome is replaced.
 
@@ -281,12 +325,18 @@ def close_retraining(database_url: str, retraining_id: int, outcome: str) -> Non
         InputInvalid: when no retraining has this id.
         DatabaseUnavailable: when PostgreSQL cannot be asked.
     """
+    _update_retraining(
+        database_url,
+        retraining_id,
+        "UPDATE retrainings SET finished_at = coalesce(finished_at, now()), outcome = "
+        "CASE WHEN finished_at IS NULL OR outcome = %(lost)s THEN %(outcome)s ELSE outcome END WHERE id = %(id)s",
+        {"lost": LOST, "outcome": outcome},
+    )
+
+
+def _update_retraining(database_url: str, retraining_id: int, statement: str, values: dict[str, str]) -> None:
     with transaction(database_url) as connection, connection.cursor() as cursor:
-        cursor.execute(
-            "UPDATE retrainings SET outcome = CASE WHEN finished_at IS NULL OR outcome = %s THEN %s ELSE outcome END, "
-            "finished_at = coalesce(finished_at, now()) WHERE id = %s",
-            (LOST, outcome, retraining_id),
-        )
+        cursor.execute(statement, {**values, "id": retraining_id})
         if cursor.rowcount == 0:
             raise InputInvalid(
                 f"No retraining has the id {retraining_id}.",

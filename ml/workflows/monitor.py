@@ -3,14 +3,15 @@
 Composes `ml.monitoring`. The order makes a crash harmless at any point: read, test, write the report's files (a
 repeated run replaces them); then window, retraining and alerts in one transaction; then delivery. Until that
 transaction nothing has happened and the next run judges the same predictions; after it they are judged for good, and
-an alert that was not delivered is delivered by the next run.
+the next run delivers an alert that was not delivered and hands on a retraining that was not started.
 
-Starting the retraining is the orchestrator's; `finish_retraining` tells how it ended.
+Starting the retraining is the orchestrator's: what it starts says so with `start_retraining` and tells how it ended
+with `finish_retraining`.
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,9 @@ from ml.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_STARTED_BY = "cifar10_monitor starts it, in its next scheduled run at the latest"
+"""True of a run of that DAG, which starts what it was told is due, and of the command line, which starts nothing."""
+
 
 class Champion(Protocol):
     """What is asked of a model version."""
@@ -42,6 +46,14 @@ class Champion(Protocol):
     @property
     def architecture(self) -> str:
         """`baseline` or `vgg16`."""
+
+    @property
+    def dataset_id(self) -> str:
+        """The dataset that it was trained on; empty where it does not say."""
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Among them `recipe`."""
 
 
 class ModelSource(Protocol):
@@ -72,8 +84,9 @@ def monitor(settings: Settings, min_predictions: int | None = None) -> dict[str,
     Returns:
         `verdict`, `p_value` (None when insufficient), `n`, `model` {name, version}, `drifted_columns`,
         `live_accuracy` (None without labels), `accuracy_interval`, `labelled`, `estimated_accuracy`, `report` {html,
-        json, url} (None when insufficient), `alert`, `retraining` {due, architecture, reason, retraining_id} and
-        `window_id`. All of it JSON-able.
+        json, url} (None when insufficient), `alert`, `retraining` {due, architecture, dataset_id, recipe, reason,
+        retraining_id} and `window_id`. All of it JSON-able. A retraining is as the champion's training was; it is due
+        until a trainer has called `start_retraining` with its id, so it may be handed on more than once.
 
     Raises:
         ModelNotFound: when there is no champion.
@@ -117,14 +130,16 @@ def monitor_champion(
                 cursor,
                 window_id=window_id,
                 verdict=judged.row.verdict,
-                architecture=champion.architecture,
+                request=windows.TrainingRequest(
+                    champion.architecture, champion.dataset_id or None, champion.tags.get("recipe") or None
+                ),
                 cooldown=timedelta(minutes=settings.retrain_cooldown_minutes),
                 now=clock(),
             )
             if alert_due(judged.row.verdict):
                 channels = [alerts.LOG] + ([alerts.WEBHOOK] if settings.alert_webhook_url else [])
                 windows.insert_alerts(cursor, window_id, _message(judged, champion, retraining), channels)
-        _deliver(settings, lock)
+    _deliver(settings)
     row = judged.row
     logger.info("Verdict on %s v%d: %s (%d predictions)", row.model_name, row.model_version, row.verdict, row.n)
     return {
@@ -141,12 +156,23 @@ def monitor_champion(
         "alert": alert_due(row.verdict),
         "retraining": {
             "due": retraining.decision.due,
-            "architecture": champion.architecture,
-            "reason": retraining.decision.reason,
+            **asdict(retraining.request),
+            "reason": _reason(retraining),
             "retraining_id": retraining.retraining_id,
         },
         "window_id": window_id,
     }
+
+
+def start_retraining(settings: Settings, retraining_id: int) -> None:
+    """Notes that a trainer took a retraining, so that no later run of the monitor hands it on. Idempotent.
+
+    Raises:
+        InputInvalid: when no retraining has this id.
+        DatabaseUnavailable: when PostgreSQL cannot be asked.
+    """
+    windows.mark_started(settings.database_url, retraining_id)
+    logger.info("Retraining %d started", retraining_id)
 
 
 def finish_retraining(settings: Settings, retraining_id: int, outcome: str) -> None:
@@ -221,11 +247,11 @@ def _message(judged: _Judged, champion: Champion, retraining: windows.RecordedRe
     row = judged.row
     if row.drift is None or row.ids is None:
         raise ValueError("only a window that was tested can raise an alert")
-    decision = retraining.decision
     next_step = (
-        f"retraining {retraining.retraining_id} of {champion.architecture} is requested ({decision.reason})"
-        if decision.due
-        else f"no retraining now: {decision.reason}"
+        f"retraining {retraining.retraining_id} of {retraining.request.architecture} is requested "
+        f"({_reason(retraining)})"
+        if retraining.decision.due
+        else f"no retraining now: {_reason(retraining)}"
     )
     return alerts.alert_message(
         model=f"{champion.name} v{champion.version}",
@@ -235,6 +261,11 @@ def _message(judged: _Judged, champion: Champion, retraining: windows.RecordedRe
         report=judged.report["url"] or "",
         next_step=next_step,
     )
+
+
+def _reason(retraining: windows.RecordedRetraining) -> str:
+    decision = retraining.decision
+    return f"{decision.reason}; {_STARTED_BY}" if decision.due else decision.reason
 
 
 def _accuracy(performance: LivePerformance) -> str:
@@ -247,17 +278,14 @@ def _accuracy(performance: LivePerformance) -> str:
     return " ".join(words) or "Nothing is known of its accuracy."
 
 
-def _deliver(settings: Settings, lock: windows.MonitorLock) -> None:
-    """Delivers what is open, of earlier runs too. The verdict stands already: no failure here takes it back."""
+def _deliver(settings: Settings) -> None:
+    """Delivers what is open, of earlier runs too. The verdict stands already: no failure here takes it back.
 
-    def mark(alert_id: int) -> None:
-        with lock.writing() as cursor:
-            windows.mark_delivered(cursor, alert_id)
-
+    Outside the lock, so that no other monitor waits for a slow receiver.
+    """
     webhook = settings.alert_webhook_url
+    address = webhook.get_secret_value() if webhook else None
     try:
-        with lock.writing() as cursor:
-            undelivered = windows.undelivered_alerts(cursor)
-        alerts.deliver(undelivered, webhook_url=webhook.get_secret_value() if webhook else None, mark_delivered=mark)
+        windows.deliver_alerts(settings.database_url, lambda alert: alerts.deliver(alert, webhook_url=address))
     except DatabaseUnavailable as error:
         logger.warning("Some alerts stay open until the next run: %s", error)

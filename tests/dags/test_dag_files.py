@@ -2,7 +2,9 @@
 
 import ast
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,11 +68,11 @@ def test_every_dag_is_documented_and_its_tasks_retry_with_backoff(dag_bag):
             assert task.retry_exponential_backoff, task
 
 
-def test_work_has_a_time_limit(dag_bag):
-    working = {"ingest", "explore", "export_csv", "choose", "train", "promote", "monitor"}
-    tasks = [task for dag in dag_bag.dags.values() for task in dag.tasks if task.task_id in working]
-    assert {task.task_id for task in tasks} == working
-    assert all(task.execution_timeout is not None for task in tasks)
+def test_every_task_has_a_time_limit(dag_bag):
+    tasks = [task for dag in dag_bag.dags.values() for task in dag.tasks]
+    assert [task.task_id for task in tasks if task.execution_timeout is None] == []
+    training = {dag_id: dag_bag.dags[dag_id].get_task("train").execution_timeout for dag_id in TRAINERS}
+    assert training == {"cifar10_train_baseline": timedelta(hours=3), "cifar10_finetune_vgg16": timedelta(hours=12)}
 
 
 @pytest.mark.parametrize(
@@ -98,13 +100,12 @@ def test_the_monitor_retrains_the_architecture_it_watched(dag_bag):
     assert set(BY_ARCHITECTURE.values()) <= set(dag_bag.dags)
 
 
+def event(at, **extra):
+    return SimpleNamespace(timestamp=at, extra=extra)
+
+
 def test_a_typed_value_wins_over_the_event_and_a_later_event_over_an_earlier():
-    from types import SimpleNamespace
-
     from dags.cifar10_shared import request_of
-
-    def event(at, **extra):
-        return SimpleNamespace(timestamp=at, extra=extra)
 
     context = {
         "triggering_asset_events": {
@@ -115,6 +116,14 @@ def test_a_typed_value_wins_over_the_event_and_a_later_event_over_an_earlier():
     }
     assert request_of(context) == {"dataset_id": "new", "recipe": "report"}
     assert request_of({"params": {"dataset_id": None}}) == {}
+
+
+def test_each_candidate_of_a_retraining_is_found_and_no_other():
+    from dags.cifar10_shared import retrainings_of
+
+    events = {"a": [event(2, version=5, retraining_id=2), event(3, version=6)], "b": [event(1, retraining_id=1)]}
+    assert [extra["retraining_id"] for extra in retrainings_of({"triggering_asset_events": events})] == [1, 2]
+    assert retrainings_of({}) == []
 
 
 def test_a_lasting_error_is_not_tried_again_and_a_passing_one_is():

@@ -20,10 +20,11 @@ from ml.errors import (
 )
 from ml.monitoring.reference import STATISTIC_NAMES, write_reference
 from ml.monitoring.testing import FakeRegistry, FakeVersion, webhook_receiver
+from ml.monitoring.windows import monitor_lock
 from ml.registry import tracking
 from ml.registry.packaging import register
 from ml.registry.versions import Registry
-from ml.workflows.monitor import finish_retraining, monitor, monitor_champion
+from ml.workflows.monitor import finish_retraining, monitor, monitor_champion, start_retraining
 from tests.tiny_models import make_onnx
 from tests.tiny_versions import Files, empty_registry, small_dataset
 
@@ -132,8 +133,10 @@ def test_drift_is_reported_alerted_and_asks_for_one_retraining(watched, registry
     assert result["drifted_columns"] == ["brightness"]
     assert (result["live_accuracy"], result["labelled"]) == (0.4, 300)
     assert result["accuracy_interval"][0] < 0.4 < result["accuracy_interval"][1]
-    assert result["retraining"]["due"]
-    assert result["retraining"]["architecture"] == "baseline"
+    retraining = result["retraining"]
+    assert (retraining["due"], retraining["architecture"]) == (True, "baseline")
+    assert (retraining["dataset_id"], retraining["recipe"]) == ("ds-0123456789ab", "demo")
+    assert "cifar10_monitor starts it" in retraining["reason"]
     assert result["alert"]
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
@@ -147,10 +150,11 @@ def test_drift_is_reported_alerted_and_asks_for_one_retraining(watched, registry
     assert failed == ["Value Drift for column brightness"]
 
     # A second drifted window while the first retraining runs, in the cool-down, and after it.
+    start_retraining(watched, retraining["retraining_id"])
     insert(database_url, 300, seed=2, brightness=0.6)
     running = monitor_champion(watched, registry, clock=clock)["retraining"]
     assert (running["due"], running["retraining_id"]) == (False, None)
-    assert "one is running since 2026-01-01 12:00:00+00:00" in running["reason"]
+    assert "one is running since" in running["reason"]
     finish_retraining(watched, result["retraining"]["retraining_id"], "success")
     clock.pass_minutes(359)
     insert(database_url, 300, seed=3, brightness=0.6)
@@ -166,7 +170,8 @@ def test_drift_is_reported_alerted_and_asks_for_one_retraining(watched, registry
 def test_a_retraining_of_which_nothing_is_heard_does_not_lock_the_loop(watched, registry, database_url, clock):
     insert(database_url, 300, seed=1, brightness=0.6)
     first = monitor_champion(watched, registry, clock=clock)["retraining"]["retraining_id"]
-    clock.pass_minutes(2 * 360 + 1)
+    start_retraining(watched, first)
+    clock.now = datetime.now(UTC) + timedelta(hours=49)
     insert(database_url, 300, seed=2, brightness=0.6)
     second = monitor_champion(watched, registry, clock=clock)["retraining"]
     assert second["due"]
@@ -175,8 +180,51 @@ def test_a_retraining_of_which_nothing_is_heard_does_not_lock_the_loop(watched, 
     finish_retraining(watched, second["retraining_id"], "failed")
     finish_retraining(watched, second["retraining_id"], "success")  # said twice: the first word stands
     assert rows(database_url, "SELECT outcome FROM retrainings ORDER BY id") == [("success",), ("failed",)]
-    with pytest.raises(InputInvalid, match="No retraining has the id 77"):
-        finish_retraining(watched, 77, "success")
+    for call in (lambda: finish_retraining(watched, 77, "success"), lambda: start_retraining(watched, 77)):
+        with pytest.raises(InputInvalid, match="No retraining has the id 77"):
+            call()
+
+
+def test_a_retraining_that_nobody_started_is_handed_on_as_it_was_asked_for(watched, registry, database_url, clock):
+    insert(database_url, 300, seed=1, brightness=0.6)
+    asked = monitor_champion(watched, registry, clock=clock)["retraining"]
+    # Whoever asked died; meanwhile another model became champion, and there is nothing new to judge.
+    registry.champion = FakeVersion(version=2, architecture="vgg16", dataset_id="ds-another", tags={"recipe": "report"})
+    clock.pass_minutes(60)
+    for _ in range(2):
+        handed_on = monitor_champion(watched, registry, clock=clock)
+        assert (handed_on["verdict"], handed_on["alert"]) == ("insufficient", False)
+        again = handed_on["retraining"]
+        assert {**again, "reason": ""} == {**asked, "reason": ""}
+        assert f"retraining {asked['retraining_id']} was asked for at 2026-01-01 12:00" in again["reason"]
+    start_retraining(watched, asked["retraining_id"])
+    started_at = rows(database_url, "SELECT started_at FROM retrainings")
+    start_retraining(watched, asked["retraining_id"])  # its task is tried again
+    assert rows(database_url, "SELECT started_at FROM retrainings") == started_at
+    later = monitor_champion(watched, registry, clock=clock)["retraining"]
+    assert (later["due"], later["architecture"], later["retraining_id"]) == (False, "vgg16", None)
+
+
+def test_a_champion_that_does_not_say_how_it_was_trained_leaves_that_open(watched, registry, database_url):
+    registry.champion = FakeVersion(dataset_id="", tags={})
+    insert(database_url, 300, seed=1, brightness=0.6)
+    retraining = monitor_champion(watched, registry)["retraining"]
+    assert (retraining["due"], retraining["dataset_id"], retraining["recipe"]) == (True, None, None)
+
+
+def test_no_other_monitor_waits_for_a_slow_receiver(watched, registry, database_url, monkeypatch):
+    monkeypatch.setattr("ml.monitoring.windows._LOCK_WAIT", "100ms")
+    insert(database_url, 300, seed=1, brightness=0.6)
+    seen = []
+
+    def slow(alert, **_):
+        with monitor_lock(database_url):
+            seen.append(alert.channel)
+        return True
+
+    monkeypatch.setattr("ml.monitoring.alerts.deliver", slow)
+    monitor_champion(watched, registry)
+    assert seen == ["log"]
 
 
 def test_versions_have_watermarks_of_their_own(watched, registry, database_url):
@@ -278,7 +326,9 @@ def test_with_a_real_registry(watched, mlflow_uri, database_url, tmp_path):
     result = monitor(here, min_predictions=150)
     assert (result["verdict"], result["n"], result["drifted_columns"]) == ("drift", 200, ["brightness"])
     assert result["model"] == {"name": "cifar10-classifier", "version": version.version}
-    assert result["retraining"]["architecture"] == "vgg16"
+    retraining = result["retraining"]
+    assert (retraining["architecture"], retraining["recipe"]) == ("vgg16", "tiny")
+    assert retraining["dataset_id"] == manifest.dataset_id
 
 
 def test_what_could_not_be_asked_raises_and_writes_nothing(watched, registry, database_url, settings):

@@ -11,7 +11,7 @@ from ml.database import connect, transaction
 from ml.errors import DatabaseUnavailable
 from ml.monitoring import windows
 from ml.monitoring.performance import LivePerformance
-from ml.monitoring.windows import JudgedWindow, monitor_lock, settled_id, watermark
+from ml.monitoring.windows import JudgedWindow, TrainingRequest, monitor_lock, settled_id, watermark
 
 INSERT = (
     "INSERT INTO predictions (request_id, item_index, created_at, model_name, model_version, class_id, probabilities, "
@@ -19,6 +19,7 @@ INSERT = (
     "'cifar10-classifier', 1, 0, array_fill(0.1::real, ARRAY[10]), 0, 0, 0, 0, 0, decode(repeat('00', 3072), 'hex')) "
     "RETURNING id"
 )
+BASELINE = TrainingRequest("baseline", "ds-0123456789ab", "demo")
 UNKNOWN = LivePerformance(labelled=0, correct=0, accuracy=None, interval=None, estimated_accuracy=None)
 
 
@@ -114,9 +115,11 @@ def test_the_place_taken_by_somebody_else_is_not_taken_again(database_url):
     now = datetime.now(UTC)
     with transaction(database_url) as connection, connection.cursor() as cursor:
         window_id = windows.insert_window(cursor, judged((1, 5), "drift"))
-    asked = {"window_id": window_id, "verdict": "drift", "architecture": "baseline", "cooldown": timedelta(0)}
+    asked = {"window_id": window_id, "verdict": "drift", "request": BASELINE, "cooldown": timedelta(0)}
     with transaction(database_url) as connection, connection.cursor() as cursor:
         first = windows.decide_retraining(cursor, **asked, now=now)
+    windows.mark_started(database_url, first.retraining_id)
+    with transaction(database_url) as connection, connection.cursor() as cursor:
         second = windows.decide_retraining(cursor, **asked, now=now + timedelta(seconds=1))
     assert first.decision.due
     assert first.retraining_id is not None
@@ -130,7 +133,7 @@ def test_the_place_taken_by_somebody_else_is_not_taken_again(database_url):
         cursor.execute("INSERT INTO retrainings (window_id, architecture) VALUES (%s, 'vgg16')", (window_id,))
 
 
-def test_a_claim_that_loses_the_race_is_not_due(database_url, monkeypatch):
+def test_a_claim_that_loses_the_race_hands_the_winners_on(database_url, monkeypatch):
     now = datetime.now(UTC)
     with transaction(database_url) as connection, connection.cursor() as cursor:
         window_id = windows.insert_window(cursor, judged((1, 5), "drift"))
@@ -144,7 +147,34 @@ def test_a_claim_that_loses_the_race_is_not_due(database_url, monkeypatch):
     monkeypatch.setattr(windows, "_history", blind_at_first)
     with transaction(database_url) as connection, connection.cursor() as cursor:
         late = windows.decide_retraining(
-            cursor, window_id=window_id, verdict="drift", architecture="baseline", cooldown=timedelta(0), now=now
+            cursor, window_id=window_id, verdict="drift", request=BASELINE, cooldown=timedelta(0), now=now
         )
-    assert (late.decision.due, late.retraining_id) == (False, None)
-    assert "one is running since" in late.decision.reason
+    assert (late.decision.due, late.retraining_id) == (True, 1)
+    assert late.request == TrainingRequest("vgg16", None, None)
+
+
+def test_two_that_deliver_at_once_send_an_alert_once(database_url):
+    with transaction(database_url) as connection, connection.cursor() as cursor:
+        window_id = windows.insert_window(cursor, judged((1, 5), "drift"))
+        windows.insert_alerts(cursor, window_id, "drift", ["webhook", "log"])
+    sent = []
+
+    def send_while_another_delivers(alert):
+        sent.append(alert.channel)
+        if alert.channel == "webhook":
+            windows.deliver_alerts(database_url, lambda other: sent.append(f"other {other.channel}") or True)
+        return True
+
+    windows.deliver_alerts(database_url, send_while_another_delivers)
+    assert sent == ["webhook", "other log"]
+    windows.deliver_alerts(database_url, lambda alert: pytest.fail(f"{alert} was delivered before"))
+
+
+def test_an_alert_that_did_not_arrive_stays_open_and_holds_up_no_other(database_url):
+    with transaction(database_url) as connection, connection.cursor() as cursor:
+        window_id = windows.insert_window(cursor, judged((1, 5), "drift"))
+        windows.insert_alerts(cursor, window_id, "drift", ["webhook", "log"])
+    windows.deliver_alerts(database_url, lambda alert: alert.channel == "log")
+    left = []
+    windows.deliver_alerts(database_url, lambda alert: left.append(alert.channel) or False)
+    assert left == ["webhook"]

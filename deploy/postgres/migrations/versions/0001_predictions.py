@@ -67,11 +67,16 @@ CREATE TABLE retrainings (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     window_id    bigint      NOT NULL REFERENCES monitor_windows (id) ON DELETE CASCADE,
     architecture text        NOT NULL,
+    dataset_id   text,
+    recipe       text,
     requested_at timestamptz NOT NULL DEFAULT now(),
+    started_at   timestamptz,
     finished_at  timestamptz,
     outcome      text
 );
 CREATE UNIQUE INDEX one_retraining_at_a_time ON retrainings ((true)) WHERE finished_at IS NULL;
+COMMENT ON COLUMN retrainings.started_at IS
+    'when a trainer took it; until then each run of the monitor hands it on again';
 """
 
 
