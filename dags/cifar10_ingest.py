@@ -11,7 +11,15 @@ from typing import Any
 
 from airflow.sdk import Param, dag, task
 
-from dags.cifar10_shared import DATASET, NEW_LINEAGE_PARAM, RECIPE_PARAM, TASK_DEFAULTS, TEST_LIMIT_PARAM, attempt
+from dags import cifar10_form as form
+from dags.cifar10_shared import (
+    DATASET,
+    TASK_DEFAULTS,
+    attempt,
+    settings_for,
+)
+
+PASSED_ON = ("recipe", "test_limit", "new_lineage", "weights", "allow_stand_in")
 
 
 @dag(
@@ -22,26 +30,22 @@ from dags.cifar10_shared import DATASET, NEW_LINEAGE_PARAM, RECIPE_PARAM, TASK_D
     tags=["cifar10", "data"],
     default_args=TASK_DEFAULTS,
     params={
-        "source": Param(
-            None,
-            type=["null", "string"],
-            title="Source",
-            description="auto, synthetic, a URL, or a path of the tar.gz or its folder. Empty: CIFAR10_SOURCE.",
-        ),
-        "recipe": RECIPE_PARAM,
-        "test_limit": TEST_LIMIT_PARAM,
-        "new_lineage": NEW_LINEAGE_PARAM,
+        "source": form.SOURCE,
+        "recipe": form.RECIPE,
+        "test_limit": form.TEST_LIMIT,
+        "new_lineage": form.NEW_LINEAGE,
+        "weights": form.WEIGHTS,
+        "allow_stand_in": form.ALLOW_STAND_IN,
         "export_csv": Param(True, type="boolean", title="Export CSV", description="About 60,000 rows, gzip."),
     },
 )
 def cifar10_ingest() -> None:
     @task(execution_timeout=timedelta(minutes=30), outlets=[DATASET])
     def ingest(*, params: Any = None, outlet_events: Any = None) -> dict[str, Any]:
-        from ml.settings import load_settings
         from ml.workflows import ingest as workflow
 
-        result = attempt(lambda: workflow.ingest(load_settings(), params["source"]))
-        asked = {name: params[name] for name in ("recipe", "test_limit", "new_lineage") if params[name] is not None}
+        asked = {name: params[name] for name in PASSED_ON if params[name] is not None}
+        result = attempt(lambda: workflow.ingest(settings_for(asked), params["source"]))
         outlet_events[DATASET].extra = {"dataset_id": result["dataset_id"], **asked}
         return result
 

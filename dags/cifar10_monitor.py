@@ -13,7 +13,8 @@ from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOpe
 from airflow.sdk import CronTriggerTimetable, Param, dag, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from dags.cifar10_shared import RECIPE_PARAM, TASK_DEFAULTS, TRAINERS, attempt
+from dags import cifar10_form as form
+from dags.cifar10_shared import TASK_DEFAULTS, TRAINERS, attempt
 
 
 @dag(
@@ -27,7 +28,7 @@ from dags.cifar10_shared import RECIPE_PARAM, TASK_DEFAULTS, TRAINERS, attempt
         "min_predictions": Param(
             None, type=["null", "integer"], minimum=2, title="Fewest predictions", description="Fewer: `insufficient`."
         ),
-        "recipe": RECIPE_PARAM,
+        "recipe": form.RECIPE,
     },
 )
 def cifar10_monitor() -> None:

@@ -11,12 +11,10 @@ from typing import Any
 from airflow.sdk import dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
+from dags import cifar10_form as form
 from dags.cifar10_shared import (
     BASELINE_CANDIDATE,
-    DATASET_PARAM,
-    NEW_LINEAGE_PARAM,
     TASK_DEFAULTS,
-    TEST_LIMIT_PARAM,
     VGG16_CANDIDATE,
     attempt,
     request_of,
@@ -31,7 +29,7 @@ from dags.cifar10_shared import (
     doc_md=__doc__,
     tags=["cifar10", "gate"],
     default_args=TASK_DEFAULTS,
-    params={"dataset_id": DATASET_PARAM, "test_limit": TEST_LIMIT_PARAM, "new_lineage": NEW_LINEAGE_PARAM},
+    params={"dataset_id": form.DATASET_ID, "test_limit": form.TEST_LIMIT, "new_lineage": form.NEW_LINEAGE},
 )
 def cifar10_promote() -> None:
     @task(execution_timeout=timedelta(minutes=60))

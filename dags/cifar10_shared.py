@@ -6,10 +6,9 @@ the trigger form wins over it. Ids travel, never data.
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
-from airflow.sdk import Asset, Param
+from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowFailException
 
 Result = TypeVar("Result")
@@ -26,27 +25,14 @@ TASK_DEFAULTS = {
     "max_retry_delay": timedelta(minutes=5),
     "execution_timeout": timedelta(minutes=5),
 }
-RECIPES = sorted({path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*/*.toml")})
 
-RECIPE_PARAM = Param(
-    None,
-    type=["null", "string"],
-    enum=[None, *RECIPES],
-    title="Recipe",
-    description="How to train (recipes/*/*.toml). Empty: what the triggering run asked for, else `report`.",
-)
-DATASET_PARAM = Param(
-    None, type=["null", "string"], title="Dataset id", description="Empty: the triggering run's, else the newest."
-)
-TEST_LIMIT_PARAM = Param(
-    None, type=["null", "integer"], minimum=100, title="Test images", description="Judge on so many; empty: on all."
-)
-NEW_LINEAGE_PARAM = Param(
-    None,
-    type=["null", "boolean"],
-    title="New lineage",
-    description="Let a model of this dataset replace a champion that was trained on another one.",
-)
+
+def settings_for(request: Mapping[str, Any]) -> Any:
+    """The worker's settings, with what this run alone was asked for."""
+    from ml.settings import load_settings
+
+    names = {"weights": "vgg16_weights", "allow_stand_in": "mlops_allow_stand_in"}
+    return load_settings(**{names[name]: value for name, value in request.items() if name in names})
 
 
 def attempt(work: Callable[[], Result]) -> Result:

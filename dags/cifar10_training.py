@@ -3,17 +3,16 @@
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import Asset, Param, dag, task
+from airflow.sdk import Asset, dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
+from dags import cifar10_form as form
 from dags.cifar10_shared import (
     DATASET,
-    DATASET_PARAM,
-    RECIPE_PARAM,
     TASK_DEFAULTS,
-    TEST_LIMIT_PARAM,
     attempt,
     request_of,
+    settings_for,
 )
 
 TRAINING_POOL = "training"
@@ -30,10 +29,11 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
         tags=["cifar10", "training"],
         default_args=TASK_DEFAULTS,
         params={
-            "recipe": RECIPE_PARAM,
-            "dataset_id": DATASET_PARAM,
-            "test_limit": TEST_LIMIT_PARAM,
-            "retraining_id": Param(None, type=["null", "integer"], description="Set by the monitor; leave empty."),
+            "recipe": form.RECIPE,
+            "dataset_id": form.DATASET_ID,
+            "test_limit": form.TEST_LIMIT,
+            "weights": form.WEIGHTS,
+            "retraining_id": form.RETRAINING_ID,
         },
     )
     def training() -> None:
@@ -51,11 +51,10 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
 
         @task(pool=TRAINING_POOL, execution_timeout=timeout, outlets=[candidate])
         def train(request: dict[str, Any], *, outlet_events: Any = None) -> dict[str, Any]:
-            from ml.settings import load_settings
             from ml.workflows.train import train_by_name
 
             asked = {name: request.get(name) for name in ("dataset_id", "recipe", "retraining_id")}
-            result = attempt(lambda: train_by_name(load_settings(), architecture, **asked))
+            result = attempt(lambda: train_by_name(settings_for(request), architecture, **asked))
             outlet_events[candidate].extra = request | {"version": result["version"]}
             return result
 

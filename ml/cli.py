@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from ml.errors import CifarError, ConfigurationError
+from ml.errors import CifarError, ConfigurationError, RegistryUnavailable
 from ml.settings import Settings, load_settings
 
 app = typer.Typer(
@@ -119,7 +119,13 @@ def ingest(
         if csv:
             result["csv"] = workflow.export_csv(settings, dataset_id)
         if explore:
-            result["exploration"] = workflow.explore(settings, dataset_id)
+            try:
+                result["exploration"] = workflow.explore(settings, dataset_id)
+            except RegistryUnavailable as error:
+                raise RegistryUnavailable(
+                    f"Dataset {dataset_id} is stored, but its exploration could not be logged: {error.message}",
+                    fix="start MLflow (`make up`) and run this again, or leave that step out with --no-explore.",
+                ) from error
         return result
 
     _run(work, as_json=as_json)
@@ -135,15 +141,13 @@ def train(
     """Train a model by a recipe, evaluate it and register it as a candidate."""
 
     def work(settings: Settings) -> dict[str, Any]:
-        from ml.datasets.store import latest_dataset_id
-        from ml.training.recipe import load_recipe
+        from ml.workflows.training_choice import choose
 
-        chosen = load_recipe(architecture.value, recipe)
-        dataset_id = dataset or latest_dataset_id(settings.data_url)
+        chosen = choose(settings, architecture.value, dataset_id=dataset, recipe=recipe)
         # After what can be refused at once: it imports TensorFlow, which takes ten seconds.
-        from ml.workflows.train import train as workflow
+        from ml.workflows.train import train_by_name
 
-        return workflow(settings, architecture.value, dataset_id, chosen)
+        return train_by_name(settings, architecture.value, dataset_id=chosen["dataset_id"], recipe=chosen["recipe"])
 
     _run(work, as_json=as_json)
 
@@ -205,7 +209,19 @@ def status(as_json: AsJson = False) -> None:
 
         return workflow(settings)
 
-    _run(work, as_json=as_json)
+    _run(work, as_json=as_json, show=_print_status)
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"The stack is [bold]{found['state']}[/]{': ' + found['detail'] if found['detail'] else '.'}")
+    if found["units"]:
+        table = Table("unit", "state", "pid", "restarts", "")
+        for unit in found["units"].values():
+            table.add_row(unit["name"], unit["state"], str(unit["pid"] or ""), str(unit["restarts"]), unit["detail"])
+        console.print(table)
+    for name, url in found["urls"].items():
+        console.print(f"  {name:12} {url}")
 
 
 @app.command()

@@ -47,7 +47,8 @@ async def _champion(client: httpx.AsyncClient) -> str:
     if not answer.is_success:
         return "none yet: trigger cifar10_ingest, training and promotion follow"
     model = answer.json()
-    return f"{model['name']} version {model['version']}, trained on {model['data']}"
+    made_of = f"{model['architecture']}, {model['weights']}, trained on {model['data']}"
+    return f"{model['name']} version {model['version']}: {made_of}"
 
 
 @app.get("/", response_class=HTMLResponse)

@@ -103,7 +103,7 @@ class _Loop:
         self._known = {dag_id: {run.run_id for run in self._airflow.runs(dag_id)} for dag_id in DAG_IDS}
 
         # Only these runs may fall back to generated data and random weights; the stack goes on without.
-        conf = {
+        conf: dict[str, Any] = {
             "source": self._settings.cifar10_source,
             "weights": self._settings.vgg16_weights,
             "allow_stand_in": True,
@@ -223,8 +223,11 @@ class _Loop:
             self._client.feedback(prediction, CLASS_NAMES[label])
         first = predictions[0]
         return {
+            "request_id": first.request_id,
             "label": first.label,
+            "class_id": first.class_id,
             "probability": first.probability,
+            "probabilities": first.probabilities,
             "truth": CLASS_NAMES[labels[0]],
             "model": {"name": first.model_name, "version": first.model_version, "data": first.data},
         }
@@ -241,7 +244,8 @@ class _Loop:
             logger.warning("expected %s on %d predictions: see the report", expected, WINDOW)
         self._report.retraining = result["retraining"]
         if result["retraining"]["due"]:
-            retraining = self._await_new(TRAINERS[result["retraining"]["architecture"]])
+            trainer = TRAINERS[result["retraining"]["architecture"]]
+            retraining = self._await_run(trainer, f"retraining__{result['retraining']['retraining_id']}")
             self._report.retraining |= {"dag_id": retraining.dag_id, "run_id": retraining.run_id}
         return {
             "verdict": result["verdict"],
@@ -264,6 +268,16 @@ class _Loop:
 
         def appeared() -> bool:
             found[:] = self._new_runs(dag_id)
+            return bool(found)
+
+        self._until(appeared, f"{dag_id} to start", [])
+        return found[0]
+
+    def _await_run(self, dag_id: str, run_id: str) -> DagRun:
+        found: list[DagRun] = []
+
+        def appeared() -> bool:
+            found[:] = [run for run in self._airflow.runs(dag_id) if run.run_id == run_id]
             return bool(found)
 
         self._until(appeared, f"{dag_id} to start", [])

@@ -78,7 +78,7 @@ def print_table(content: dict[str, Any]) -> None:
         console.print(f"  report of the {name} window: {window['report']}", markup=False, soft_wrap=True)
     retraining = content["retraining"]
     state = f"{retraining['dag_id']} was started" if retraining["due"] else "none was started"
-    console.print(f"Retraining: {state}: {retraining['reason']}", markup=False)
+    console.print(f"Retraining: {state}; {retraining['reason']}", markup=False)
     console.print("\n[bold]Have a look[/] (the stack runs on; `make down` stops it)")
     for name, url in content["urls"].items():
         note = "   user admin; the password is airflow_admin in var/secrets.json" if name == "airflow" else ""

@@ -149,9 +149,19 @@ def run(
 def log_exploration(settings: Settings, dataset_id: str, folder: Path, params: Mapping[str, object]) -> str:
     """Uploads an exploration (its pictures and page) as a run of its own experiment; returns the run's id.
 
+    A dataset never changes, so its exploration is logged once: a finished run of it is returned as it is.
+
     Raises:
         RegistryUnavailable: MLflow could not be asked.
     """
+    client = _client(settings.tracking_uri)
+    experiment_id = _experiment(client, settings.tracking_uri, EXPLORATION_EXPERIMENT)
+    with asking(settings.tracking_uri):
+        done = client.search_runs(
+            [experiment_id], f"params.dataset_id = '{dataset_id}' and attributes.status = 'FINISHED'", max_results=1
+        )
+    if done:
+        return str(done[0].info.run_id)
     with run(
         settings, f"explore-{dataset_id}", tags={"dataset_id": dataset_id}, experiment=EXPLORATION_EXPERIMENT
     ) as current:

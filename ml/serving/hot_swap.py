@@ -147,7 +147,7 @@ class ChampionFollower:
             raise ServiceUnavailable("The model is being loaded.", fix="try again in a few seconds.")
         raise ServiceUnavailable(
             f"No model is loaded. {state.failure.message}",
-            fix="mend that; the server looks again by itself every few seconds.",
+            fix="train and promote one (`cifar10 promote`), or see the server's log; it looks again every few seconds.",
         )
 
     def state(self) -> FollowerState:
@@ -289,7 +289,7 @@ class ChampionFollower:
 
 def _for_clients(error: Exception) -> str:
     if isinstance(error, (ModelInvalid, ModelNotFound)):
-        return str(error)  # speaks of versions and of file names alone
+        return error.message  # speaks of versions and of file names alone
     if isinstance(error, RegistryUnavailable):
         return "The model registry could not be asked."
     if isinstance(error, (StorageError, OSError)):

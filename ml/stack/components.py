@@ -170,7 +170,8 @@ def units(settings: Settings, secrets: Secrets) -> list[Unit]:
             environment=base,
             log=log / "prediction-server.log",
             ready=lambda: _answers(f"{addresses['predictions']}/healthz"),
-            after=("mlflow",),
+            # Not after MLflow: with the registry still away it serves the last champion from its cache.
+            after=("databases",),
         ),
         Service(
             name="reports",

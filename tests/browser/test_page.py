@@ -121,6 +121,15 @@ def test_a_picture_is_answered_with_ten_bars_and_the_model(visit, site):
     assert visit.elsewhere == []
 
 
+def test_after_a_file_that_is_refused_nothing_is_left_of_the_picture_before(visit, site, tmp_path):
+    give(visit.page, site.picture())
+    note = tmp_path / "note.txt"
+    note.write_text("no picture")
+    visit.page.locator("#file").set_input_files(note)
+    expect(visit.page.locator("#error")).to_contain_text("PNG, JPEG or WebP")
+    expect(visit.page.locator("#result")).to_be_hidden()
+
+
 def test_what_the_model_saw_is_shown_pixel_for_pixel(visit, site):
     give(visit.page, site.picture())
     shown = visit.page.evaluate(

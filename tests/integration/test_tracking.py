@@ -127,6 +127,9 @@ def test_an_exploration_is_a_run_of_its_own_experiment(here, client, tmp_path):
     assert client.get_experiment(stored.info.experiment_id).name == "cifar10-exploration"
     assert stored.data.params == {"dataset_id": "ds-0123456789ab", "images": "10"}
     assert [item.path for item in client.list_artifacts(run_id)] == ["page.html"]
+    # A dataset never changes: explored again, it is the same run.
+    assert tracking.log_exploration(here, "ds-0123456789ab", tmp_path, {"images": 10}) == run_id
+    assert tracking.log_exploration(here, "ds-ba9876543210", tmp_path, {"images": 10}) != run_id
 
 
 def test_nothing_is_begun_where_mlflow_is_away(settings):

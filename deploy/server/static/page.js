@@ -65,7 +65,7 @@ async function classify(file) {
   at("error").hidden = true;
   at("thanks").textContent = "";
   if (!accepted.includes(file.type)) {
-    showError(new Error(`This is ${file.type || "a file of unknown type"}. Give it a PNG, JPEG or WebP picture.`));
+    refuse(new Error(`This is ${file.type || "a file of unknown type"}. Give it a PNG, JPEG or WebP picture.`));
     return;
   }
   say("Looking…");
@@ -78,8 +78,14 @@ async function classify(file) {
     });
     if (mine === turn) show(reply);
   } catch (error) {
-    if (mine === turn) showError(error);
+    if (mine === turn) refuse(error);
   }
+}
+
+// What stands there is of the picture before: feedback on it would be taken for feedback on this one.
+function refuse(error) {
+  at("result").hidden = true;
+  showError(error);
 }
 
 function show(reply) {

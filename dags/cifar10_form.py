@@ -1,0 +1,49 @@
+"""The fields of the trigger forms that several DAGs have."""
+
+from pathlib import Path
+
+from airflow.sdk import Param
+
+RECIPES = sorted({path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*/*.toml")})
+
+RECIPE = Param(
+    None,
+    type=["null", "string"],
+    enum=[None, *RECIPES],
+    title="Recipe",
+    description="How to train (recipes/*/*.toml). Empty: what the triggering run asked for, else `report`.",
+)
+DATASET_ID = Param(
+    None, type=["null", "string"], title="Dataset id", description="Empty: the triggering run's, else the newest."
+)
+TEST_LIMIT = Param(
+    None, type=["null", "integer"], minimum=100, title="Test images", description="Judge on so many; empty: on all."
+)
+NEW_LINEAGE = Param(
+    None,
+    type=["null", "boolean"],
+    title="New lineage",
+    description="Let a model of this dataset replace a champion that was trained on another one.",
+)
+
+WEIGHTS = Param(
+    None,
+    type=["null", "string"],
+    title="VGG16's weights",
+    description="imagenet, a notop file, random or auto. Empty: VGG16_WEIGHTS.",
+)
+ALLOW_STAND_IN = Param(
+    None,
+    type=["null", "boolean"],
+    title="Allow a stand-in",
+    description="For a demo: where nothing can be downloaded, generated images and random weights, labelled as such.",
+)
+SOURCE = Param(
+    None,
+    type=["null", "string"],
+    title="Source",
+    description="auto, synthetic, a URL, or a path of the tar.gz or its folder. Empty: CIFAR10_SOURCE.",
+)
+RETRAINING_ID = Param(
+    None, type=["null", "integer"], title="Retraining", description="The monitor sets it; leave it empty."
+)
