@@ -66,4 +66,4 @@ class Served:
             assert problem["status"] == reply.status_code
             assert problem["request_id"] == reply.headers["X-Request-ID"]
             assert problem["instance"] == f"urn:uuid:{problem['request_id']}"
-            assert not re.search(r"Traceback|/tmp/|/work/|\.py\b", reply.get_data(as_text=True))
+            assert not re.search(r"Traceback|/tmp/|/home/|\.py\b", reply.get_data(as_text=True))
