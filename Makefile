@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo up down test check format clean requirements
+.PHONY: help install demo up down test test-services test-stack check format clean requirements
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -30,8 +30,15 @@ up: $(INSTALLED) ## The local stack in the foreground; Ctrl-C stops all of it
 down: $(INSTALLED) ## Stop the local stack
 	@$(BIN)/cifar10 down
 
+# Two at a time: half of their time the tests of services wait, for a start, a retry or an outage to end.
 test: $(INSTALLED) ## All tests, quick ones first
-	$(PYTEST) tests/architecture tests/unit tests/model tests/dags tests/integration tests/browser tests/stack
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-services test-stack
+
+test-services: $(INSTALLED)
+	$(PYTEST) tests/architecture tests/unit tests/dags tests/integration tests/browser
+
+test-stack: $(INSTALLED)
+	$(PYTEST) tests/model tests/stack
 
 check: $(INSTALLED) ## Lint, format, types, layers
 	$(BIN)/ruff check .

@@ -117,9 +117,12 @@ def test_a_broken_champion_under_load_changes_nothing(server, tmp_path):
     thread = threading.Thread(target=hammer, args=(url, tally, ending))
     thread.start()
     try:
+        wait_until(lambda: len(tally.replies) > 20, seconds=30, what="traffic")
         (tmp_path / "6.onnx").write_bytes(b"broken")
         FolderSource(tmp_path / "registry").crown(tmp_path / "6.onnx", 6)
         wait_until(lambda: httpx.get(f"{url}/v1/model").json()["failed_swaps"] == 1, seconds=30, what="the failed swap")
+        answered = len(tally.replies)
+        wait_until(lambda: len(tally.replies) > answered + 20, seconds=30, what="traffic after it")
     finally:
         ending.set()
         thread.join()
