@@ -245,7 +245,8 @@ class _Loop:
         self._report.retraining = result["retraining"]
         if result["retraining"]["due"]:
             trainer = TRAINERS[result["retraining"]["architecture"]]
-            retraining = self._await_run(trainer, f"retraining__{result['retraining']['retraining_id']}")
+            run_id = f"retraining__{result['retraining']['retraining_id']}"
+            retraining = self._await_run(trainer, lambda run: run.run_id == run_id)
             self._report.retraining |= {"dag_id": retraining.dag_id, "run_id": retraining.run_id}
         return {
             "verdict": result["verdict"],
@@ -264,20 +265,13 @@ class _Loop:
         return [run for run in self._airflow.runs(dag_id) if run.run_id not in self._known[dag_id]]
 
     def _await_new(self, dag_id: str) -> DagRun:
+        return self._await_run(dag_id, lambda run: run.run_id not in self._known[dag_id])
+
+    def _await_run(self, dag_id: str, is_wanted: Callable[[DagRun], bool]) -> DagRun:
         found: list[DagRun] = []
 
         def appeared() -> bool:
-            found[:] = self._new_runs(dag_id)
-            return bool(found)
-
-        self._until(appeared, f"{dag_id} to start", [])
-        return found[0]
-
-    def _await_run(self, dag_id: str, run_id: str) -> DagRun:
-        found: list[DagRun] = []
-
-        def appeared() -> bool:
-            found[:] = [run for run in self._airflow.runs(dag_id) if run.run_id == run_id]
+            found[:] = filter(is_wanted, self._airflow.runs(dag_id))
             return bool(found)
 
         self._until(appeared, f"{dag_id} to start", [])

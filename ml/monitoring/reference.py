@@ -5,8 +5,7 @@ predictions with the statistics of their images, a `Reference` is a sample whose
 predictions is the training workflow's; comparing them is `ml.monitoring.statistics`'.
 """
 
-import os
-import tempfile
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ml.datasets.labels import CLASS_NAMES, NUM_CLASSES
 from ml.errors import ModelInvalid, StorageError
+from ml.files import write_whole
 from ml.monitoring.image_statistics import STATISTIC_NAMES
 
 PROBABILITY_NAMES: tuple[str, ...] = tuple(f"p_{class_id}" for class_id in range(NUM_CLASSES))
@@ -83,18 +83,11 @@ def write_reference(
     reference = _checked(labels, probabilities, statistics, where=str(path))
     arrays = {"label": reference.labels, "predicted": reference.class_ids, **reference.columns()}
     table = pa.table({name: pa.array(arrays[name]).cast(_SCHEMA.field(name).type) for name in COLUMNS}, schema=_SCHEMA)
-    temporary = None
+    content = io.BytesIO()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide it from other users
-        temporary.replace(path)
+        pq.write_table(table, content, compression="zstd")
+        write_whole(path, content.getvalue())
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"The reference could not be written to {path}: {error}.",
             fix="make room on that disk and see that its folder can be written to, then train again.",

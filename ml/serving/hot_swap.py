@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from ml.errors import CifarError, ModelInvalid, ModelNotFound, RegistryUnavailable, ServiceUnavailable, StorageError
+from ml.files import write_whole
 from ml.serving.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -258,10 +259,7 @@ class ChampionFollower:
 
     def _remember(self, champion: Champion, path: Path) -> None:
         try:
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._memory.with_suffix(".new")
-            fresh.write_text(json.dumps({**asdict(champion), "path": str(path)}))
-            fresh.replace(self._memory)
+            write_whole(self._memory, json.dumps({**asdict(champion), "path": str(path)}))
         except OSError as error:
             logger.warning("The champion cannot be remembered for a start without a registry: %s", error)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ml.errors import RegistryUnavailable
+from ml.files import write_whole
 from ml.serving.hot_swap import Champion
 
 
@@ -29,12 +30,9 @@ class FolderSource:
         weights: str = "none",
     ) -> None:
         """Makes `onnx_path` the champion, in one step."""
-        self._record.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._record.with_suffix(".new")
         fingerprint = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
         champion = Champion(name, version, data, architecture, weights, fingerprint)
-        fresh.write_text(json.dumps({"champion": asdict(champion), "path": str(onnx_path)}))
-        fresh.replace(self._record)
+        write_whole(self._record, json.dumps({"champion": asdict(champion), "path": str(onnx_path)}))
 
     def champion(self) -> Champion | None:
         """Who it is; see `ChampionSource`."""
