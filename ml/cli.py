@@ -201,6 +201,18 @@ def monitor(
 
 
 @app.command()
+def migrate(as_json: AsJson = False) -> None:
+    """Bring the predictions database (MLOPS_DATABASE_URL) to the newest schema; `up` does it for the local stack."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.stack.migrations import migrate as workflow
+
+        return workflow(settings.database_url)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
 def status(as_json: AsJson = False) -> None:
     """Say what of the local stack runs, and where."""
 

