@@ -6,9 +6,9 @@ Nothing else in `ml` reads the environment.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ml.errors import ConfigurationError
@@ -17,11 +17,24 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 _WORDS = {"", "auto", "synthetic", "imagenet", "random"}
 
+Address = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), AfterValidator(lambda url: url.rstrip("/"))]
+"""Of a web service, without the slash at its end."""
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"), AfterValidator(str.lower)]
+"""As it stands in a request's `Host`, without the port."""
+
+
+def _on_this_machine(port: str) -> Any:
+    """A default: loopback, at the port of that setting."""
+    return Field(default_factory=lambda settings: f"http://127.0.0.1:{settings[port]}")
+
 
 class Settings(BaseSettings):
     """What an operator can set. Each field is the environment variable of the same name in capitals."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, validate_default=True)
+
+    mlops_env: Literal["development", "production"] = "development"
+    """In production nothing is served without a key but to the machine itself."""
 
     # Where things come from and are kept.
     mlops_var_dir: Path = PROJECT_ROOT / "var"
@@ -32,15 +45,27 @@ class Settings(BaseSettings):
     mlops_data_url: str = ""
     mlops_database_url: SecretStr | None = None
     mlflow_tracking_uri: str = ""
+    mlops_git_sha: str = ""
+    """The commit of an image's code; it is asked only where the code lies in no repository."""
 
     # Who may call the prediction server, and where everything listens.
     prediction_api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    api_keyless_hosts: Annotated[tuple[HostName, ...], NoDecode] = ()
+    """Names under which a server whose port is published on loopback alone answers its neighbours without a key;
+    see `deploy.server.access`."""
     api_host: str = "127.0.0.1"
     airflow_port: int = Field(8080, ge=1, le=65535)
     mlflow_port: int = Field(5000, ge=1, le=65535)
     api_port: int = Field(8000, ge=1, le=65535)
     reports_port: int = Field(8001, ge=1, le=65535)
     postgres_port: int = Field(5433, ge=1, le=65535)
+
+    # Where services reach each other, and what a browser opens.
+    predictions_url: Address = _on_this_machine("api_port")
+    reports_url: Address = _on_this_machine("reports_port")
+    mlflow_public_url: Address = _on_this_machine("mlflow_port")
+    predictions_public_url: Address = _on_this_machine("api_port")
+    reports_public_url: Address = _on_this_machine("reports_port")
 
     # Monitoring.
     monitor_min_predictions: int = Field(100, ge=2)
@@ -50,11 +75,11 @@ class Settings(BaseSettings):
     retrain_cooldown_minutes: float = Field(360, ge=0)
     alert_webhook_url: SecretStr | None = None
 
-    @field_validator("prediction_api_keys", mode="before")
+    @field_validator("prediction_api_keys", "api_keyless_hosts", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         if isinstance(value, str):
-            return tuple(SecretStr(key.strip()) for key in value.split(",") if key.strip())
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
     @field_validator("mlops_var_dir")
@@ -121,7 +146,11 @@ def load_settings(**overrides: object) -> Settings:
         var_dir = Settings(_env_file=PROJECT_ROOT / ".env", **overrides).mlops_var_dir  # type: ignore[arg-type, call-arg]
         return Settings(_env_file=(stack_env_file(var_dir), PROJECT_ROOT / ".env"), **overrides)  # type: ignore[arg-type, call-arg]
     except ValidationError as error:
-        wrong = "; ".join(f"{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(
+            f"{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}"
+            for e in error.errors()
+            if e["type"] != "default_factory_not_called"  # of a default that depends on what is wrong
+        )
         raise ConfigurationError(
             f"Settings that cannot be used: {wrong}.", fix="correct them in the environment or in .env."
         ) from error

@@ -5,6 +5,7 @@ Runs inside Airflow's API server: standard library, httpx and FastAPI only, noth
 
 import asyncio
 import os
+from dataclasses import dataclass
 from html import escape
 
 import httpx
@@ -13,13 +14,24 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 
-def _address(port_setting: str, default: str) -> str:
-    return f"http://127.0.0.1:{os.environ.get(port_setting, default)}"
+@dataclass(frozen=True)
+class Service:
+    """Where this process reaches it, and what a browser opens."""
+
+    url: str
+    public_url: str
 
 
-MLFLOW = _address("MLFLOW_PORT", "5000")
-PREDICTIONS = _address("API_PORT", "8000")
-REPORTS = _address("REPORTS_PORT", "8001")
+def _service(url: str, public_url: str, port: str, default_port: str) -> Service:
+    """From the settings of these names; `ml.settings` describes them."""
+    here = f"http://127.0.0.1:{os.environ.get(port) or default_port}"
+    return Service(*(os.environ.get(name, "").rstrip("/") or here for name in (url, public_url)))
+
+
+MLFLOW = _service("MLFLOW_TRACKING_URI", "MLFLOW_PUBLIC_URL", "MLFLOW_PORT", "5000")
+PREDICTIONS = _service("PREDICTIONS_URL", "PREDICTIONS_PUBLIC_URL", "API_PORT", "8000")
+REPORTS = _service("REPORTS_URL", "REPORTS_PUBLIC_URL", "REPORTS_PORT", "8001")
+MODELS = f"{MLFLOW.public_url}/#/models/cifar10-classifier"
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>CIFAR-10: where the loop stands</title>
 <style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;margin:2rem;max-width:48rem}}
@@ -37,9 +49,15 @@ async def _ask(client: httpx.AsyncClient, url: str) -> str:
     return "ready" if answer.is_success else f"answers {answer.status_code}"
 
 
+def _key() -> dict[str, str | bytes]:
+    keys = os.environ.get("PREDICTION_API_KEYS", "").split(",")
+    first = next((key.strip() for key in keys if key.strip()), None)
+    return {"X-API-Key": first.encode()} if first else {}
+
+
 async def _champion(client: httpx.AsyncClient) -> str:
     try:
-        answer = await client.get(f"{PREDICTIONS}/v1/model")
+        answer = await client.get(f"{PREDICTIONS.url}/v1/model", headers=_key())
     except httpx.TransportError:
         return "unknown: the prediction server does not answer"
     if answer.status_code == httpx.codes.UNAUTHORIZED:
@@ -54,18 +72,19 @@ async def _champion(client: httpx.AsyncClient) -> str:
 @app.get("/", response_class=HTMLResponse)
 async def status() -> str:
     """The page."""
-    async with httpx.AsyncClient(timeout=3) as client:
+    # No proxy: these are neighbours.
+    async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
         champion, server, mlflow, reports = await asyncio.gather(
             _champion(client),
-            _ask(client, f"{PREDICTIONS}/readyz"),
-            _ask(client, f"{MLFLOW}/health"),
-            _ask(client, REPORTS),
+            _ask(client, f"{PREDICTIONS.url}/readyz"),
+            _ask(client, f"{MLFLOW.url}/health"),
+            _ask(client, REPORTS.url),
         )
     entries = [
-        ("Champion", champion, f"{MLFLOW}/#/models/cifar10-classifier"),
-        ("Prediction server", server, PREDICTIONS),
-        ("MLflow", mlflow, MLFLOW),
-        ("Drift reports", reports, REPORTS),
+        ("Champion", champion, MODELS),
+        ("Prediction server", server, PREDICTIONS.public_url),
+        ("MLflow", mlflow, MLFLOW.public_url),
+        ("Drift reports", reports, REPORTS.public_url),
     ]
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(state)}</td>'
@@ -82,7 +101,7 @@ class Cifar10Ui(AirflowPlugin):
     fastapi_apps = [{"app": app, "url_prefix": "/cifar10", "name": "cifar10-status"}]  # noqa: RUF012 - Airflow's form
     external_views = [  # noqa: RUF012 - Airflow's form
         {"name": "Where the loop stands", "href": "/cifar10/", "url_route": "cifar10", "category": "CIFAR-10"},
-        {"name": "Models (MLflow)", "href": f"{MLFLOW}/#/models/cifar10-classifier", "category": "CIFAR-10"},
-        {"name": "Drift reports (Evidently)", "href": REPORTS, "category": "CIFAR-10"},
-        {"name": "Try a prediction", "href": PREDICTIONS, "category": "CIFAR-10"},
+        {"name": "Models (MLflow)", "href": MODELS, "category": "CIFAR-10"},
+        {"name": "Drift reports (Evidently)", "href": REPORTS.public_url, "category": "CIFAR-10"},
+        {"name": "Try a prediction", "href": PREDICTIONS.public_url, "category": "CIFAR-10"},
     ]

@@ -42,7 +42,7 @@ def ports(settings: Settings) -> dict[str, int]:
 
 
 def urls(settings: Settings) -> dict[str, str]:
-    """What a person opens in a browser."""
+    """Where the parts that have a page listen."""
     return {
         "airflow": f"http://{LOOPBACK}:{settings.airflow_port}",
         "mlflow": f"http://{LOOPBACK}:{settings.mlflow_port}",
@@ -242,10 +242,21 @@ def _airflow_environment(settings: Settings, secrets: Secrets) -> dict[str, str]
         "api_auth": {"jwt_secret": secrets.airflow_jwt},
         "dag_processor": {"refresh_interval": "30", "min_file_process_interval": "30"},
         "scheduler": {"scheduler_idle_sleep_time": "0.5"},
+        # Five, the default, last ten seconds: a restart of the API server takes longer, and must cost no training.
+        "workers": {"execution_api_retries": "8"},
         "logging": {"base_log_folder": str(settings.mlops_var_dir / "log" / "airflow-tasks")},
     }
     flat = {f"AIRFLOW__{s.upper()}__{k.upper()}": v for s, section in options.items() for k, v in section.items()}
-    return flat | {"AIRFLOW_HOME": str(home)}
+    # The menu and the status page have the environment alone; these may stand in .env.
+    menu = {
+        "PREDICTIONS_URL": settings.predictions_url,
+        "REPORTS_URL": settings.reports_url,
+        "MLFLOW_PUBLIC_URL": settings.mlflow_public_url,
+        "PREDICTIONS_PUBLIC_URL": settings.predictions_public_url,
+        "REPORTS_PUBLIC_URL": settings.reports_public_url,
+        "PREDICTION_API_KEYS": ",".join(key.get_secret_value() for key in settings.prediction_api_keys),
+    }
+    return flat | menu | {"AIRFLOW_HOME": str(home)}
 
 
 def _module(name: str) -> tuple[str, ...]:

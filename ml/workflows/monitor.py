@@ -228,7 +228,7 @@ def _judge(
             ids=ids,
             timestamp=now,
         )
-        url = f"http://127.0.0.1:{settings.reports_port}/{written.ui_path}"
+        url = f"{settings.reports_public_url}/{written.ui_path}"
         report = {"html": str(written.html), "json": str(written.json), "url": url}
     row = windows.JudgedWindow(
         model_name=champion.name,

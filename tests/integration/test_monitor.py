@@ -100,7 +100,8 @@ def registry(tmp_path):
 
 @pytest.fixture
 def watched(settings, database_url):
-    return settings.model_copy(update={"mlops_database_url": SecretStr(database_url)})
+    update = {"mlops_database_url": SecretStr(database_url), "reports_public_url": "https://reports.example"}
+    return settings.model_copy(update=update)
 
 
 def test_too_few_predictions_are_insufficient_and_wait_for_more(watched, registry, database_url):
@@ -140,6 +141,7 @@ def test_drift_is_reported_alerted_and_asks_for_one_retraining(watched, registry
     assert result["alert"]
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
+    assert result["report"]["url"].startswith("https://reports.example/")
     for part in ("cifar10-classifier v1", "ids 1-300", "p = ", "brightness", result["report"]["url"], "0.400"):
         assert part in warnings[0]
     assert f"retraining {result['retraining']['retraining_id']} of baseline" in warnings[0]

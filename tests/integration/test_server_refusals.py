@@ -7,6 +7,7 @@ import zlib
 import pytest
 from pydantic import SecretStr
 
+from deploy.server.access import check_exposure
 from deploy.server.app import create_app
 from deploy.server.bodies import MAX_BODY_BYTES
 from ml.errors import ConfigurationError
@@ -158,13 +159,81 @@ def test_probes_and_the_page_need_no_key(keyed, path):
         {"headers": {"X-Forwarded-For": "203.0.113.9"}},
         {"headers": {"Host": "rebound.example"}},
         {"headers": {"Origin": "https://evil.example"}},
+        {"headers": {"Origin": "http://["}},
     ],
-    ids=["another machine", "through a proxy", "another name", "another site's page"],
+    ids=["another machine", "through a proxy", "another name", "another site's page", "a page of no site"],
 )
 def test_without_keys_only_this_machine_may_call(served, more):
     reply = served.get("/v1/model", **more)
     assert reply.status_code == 401
     assert served.get("/v1/model", headers={"Origin": "http://localhost"}).status_code == 200
+
+
+THE_BRIDGE = {"environ_overrides": {"REMOTE_ADDR": "172.18.0.1"}}
+
+
+@pytest.fixture
+def published(tmp_path, settings):
+    """In a container, its port published on loopback alone."""
+    placed = {"api_host": "0.0.0.0", "api_keyless_hosts": ("prediction-server",)}
+    made = Served(tmp_path, settings.model_copy(update=placed))
+    made.follower.poll()
+    return made
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1:8000", "[::1]:8000", "Prediction-Server:8000"])
+def test_a_published_server_answers_its_machine_and_its_neighbours(published, host):
+    for headers in ({"Host": host}, {"Host": host, "Origin": f"http://{host}"}):
+        assert published.get("/v1/model", headers=headers, **THE_BRIDGE).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "rebound.example"},
+        {"Host": "0.0.0.0"},
+        {"Host": "prediction-server.example"},
+        {"Host": "localhost", "X-Forwarded-For": "203.0.113.9"},
+        {"Host": "localhost", "Origin": "https://evil.example"},
+        {"Host": "localhost", "Origin": "null"},
+    ],
+    ids=["another name", "the address it listens on", "a longer name", "a proxy", "another site's page", "a file"],
+)
+def test_a_published_server_answers_nobody_else(published, headers):
+    assert published.get("/v1/model", headers=headers, **THE_BRIDGE).status_code == 401
+
+
+def test_on_loopback_a_keyless_host_is_a_name_and_opens_nothing_to_others(tmp_path, settings):
+    named = Served(tmp_path, settings.model_copy(update={"api_keyless_hosts": ("my-laptop",)}))
+    named.follower.poll()
+    assert named.get("/v1/model", headers={"Host": "my-laptop"}).status_code == 200
+    assert named.get("/v1/model", headers={"Host": "my-laptop"}, **THE_BRIDGE).status_code == 401
+
+
+def test_a_published_server_with_keys_asks_for_one(tmp_path, settings):
+    placed = {
+        "api_host": "0.0.0.0",
+        "api_keyless_hosts": ("prediction-server",),
+        "prediction_api_keys": (SecretStr("first-key"),),
+        "mlops_env": "production",
+    }
+    keyed = Served(tmp_path, settings.model_copy(update=placed))
+    keyed.follower.poll()
+    assert keyed.get("/v1/model", headers={"Host": "prediction-server"}).status_code == 401
+    assert keyed.get("/v1/model", headers={"X-API-Key": "first-key"}, **THE_BRIDGE).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_in_production_nothing_is_keyless_but_loopback(settings, host):
+    production = settings.model_copy(update={"mlops_env": "production", "api_host": host})
+    keyless = production.model_copy(update={"api_keyless_hosts": ("prediction-server",)})
+    with pytest.raises(ConfigurationError, match="MLOPS_ENV=production"):
+        check_exposure(keyless)
+    if host == "127.0.0.1":
+        check_exposure(production)
+    else:
+        with pytest.raises(ConfigurationError, match="API_HOST"):
+            check_exposure(production)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "server.example"])

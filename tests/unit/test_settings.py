@@ -54,6 +54,44 @@ def test_keys_are_a_list_and_are_never_shown(monkeypatch):
     assert "first-key" not in repr(settings)
 
 
+def test_addresses_follow_the_ports_unless_they_are_given(monkeypatch):
+    monkeypatch.setenv("REPORTS_PORT", "9001")
+    monkeypatch.setenv("PREDICTIONS_URL", "http://prediction-server:8000/")
+    settings = load_settings()
+    assert settings.reports_url == settings.reports_public_url == "http://127.0.0.1:9001"
+    assert settings.predictions_url == "http://prediction-server:8000"
+    assert settings.predictions_public_url == "http://127.0.0.1:8000"
+    assert settings.mlflow_public_url == "http://127.0.0.1:5000"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("MLFLOW_PUBLIC_URL", "mlflow.example"),
+        ("REPORTS_URL", "https://"),
+        ("API_KEYLESS_HOSTS", "prediction-server:8000"),
+        ("API_KEYLESS_HOSTS", "*"),
+        ("MLOPS_ENV", "prod"),
+    ],
+)
+def test_what_is_no_address_no_host_and_no_environment_is_refused(monkeypatch, name, wrong):
+    monkeypatch.setenv(name, wrong)
+    with pytest.raises(ConfigurationError, match=f"^Settings that cannot be used: {name}="):
+        load_settings()
+
+
+def test_a_wrong_port_is_one_error_not_one_for_each_address_that_names_it(monkeypatch):
+    monkeypatch.setenv("API_PORT", "none")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert "URL" not in caught.value.message
+
+
+def test_host_names_are_a_list_in_lower_case(monkeypatch):
+    monkeypatch.setenv("API_KEYLESS_HOSTS", "Prediction-Server, 10.0.0.7,")
+    assert load_settings().api_keyless_hosts == ("prediction-server", "10.0.0.7")
+
+
 def test_settings_cannot_be_changed():
     with pytest.raises(ValidationError):
         load_settings().api_port = 1
