@@ -21,7 +21,7 @@ TRAINERS = {"baseline": "cifar10_train_baseline", "vgg16": "cifar10_finetune_vgg
 TASK_DEFAULTS = {
     "retries": 3,
     "retry_delay": timedelta(seconds=20),
-    "retry_exponential_backoff": True,
+    "retry_exponential_backoff": 2,
     "max_retry_delay": timedelta(minutes=5),
     "execution_timeout": timedelta(minutes=5),
 }

@@ -16,6 +16,7 @@ from dags.cifar10_shared import (
 )
 
 TRAINING_POOL = "training"
+TRAINING_QUEUE = "training"
 
 
 def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: timedelta, doc_md: str) -> None:
@@ -49,11 +50,13 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
             asked = {name: request.get(name) for name in ("dataset_id", "recipe")}
             return request | attempt(lambda: workflow(settings, architecture, **asked))
 
-        @task(pool=TRAINING_POOL, execution_timeout=timeout, outlets=[candidate])
-        def train(request: dict[str, Any], *, outlet_events: Any = None) -> dict[str, Any]:
+        # Celery's workers choose their queues; other executors look at none.
+        @task(pool=TRAINING_POOL, queue=TRAINING_QUEUE, execution_timeout=timeout, outlets=[candidate])
+        def train(request: dict[str, Any], *, run_id: Any = None, outlet_events: Any = None) -> dict[str, Any]:
             from ml.workflows.train import train_by_name
 
             asked = {name: request.get(name) for name in ("dataset_id", "recipe", "retraining_id")}
+            asked["origin"] = f"{dag_id}/{run_id}"
             result = attempt(lambda: train_by_name(settings_for(request), architecture, **asked))
             outlet_events[candidate].extra = request | {"version": result["version"]}
             return result

@@ -24,11 +24,16 @@ class CodeState:
     dirty: str
 
 
-def code_state(root: Path) -> CodeState:
-    """Asks git in `root`; reads its files where there is no git; `unknown` where there is no repository (an image)."""
+def code_state(root: Path, built_from: str = "") -> CodeState:
+    """Asks git in `root`; reads its files where there is no git; `built_from` where there is no repository (an image).
+
+    Args:
+        root: the folder that the code lies in.
+        built_from: the commit that an image was built from; empty where nobody said.
+    """
     sha = _git(root, "rev-parse", "HEAD")
     if sha is None:
-        return CodeState(_sha_from_files(root / ".git"), UNKNOWN)
+        return CodeState(_sha_from_files(root / ".git") or built_from or UNKNOWN, UNKNOWN)
     changes = _git(root, "status", "--porcelain", "--untracked-files=no")
     return CodeState(sha, UNKNOWN if changes is None else str(bool(changes)).lower())
 
@@ -50,9 +55,9 @@ def hardware() -> dict[str, str]:
     return {"cpu": _cpu_model(), "cores": str(len(os.sched_getaffinity(0))), "memory_gib": f"{memory:.1f}"}
 
 
-def as_tags(root: Path) -> Mapping[str, str]:
-    """All of the above, under the names that runs carry them."""
-    code = code_state(root)
+def as_tags(root: Path, built_from: str = "") -> Mapping[str, str]:
+    """All of the above, under the names that runs carry them; arguments as of `code_state`."""
+    code = code_state(root, built_from)
     return {
         # MLflow's own name: its UI shows the commit.
         "mlflow.source.git.commit": code.sha,
@@ -78,7 +83,7 @@ def _git(root: Path, *arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _sha_from_files(git: Path) -> str:
+def _sha_from_files(git: Path) -> str | None:
     try:
         if git.is_file():  # a worktree: "gitdir: <folder>"
             git = (git.parent / git.read_text().removeprefix("gitdir:").strip()).resolve()
@@ -94,7 +99,7 @@ def _sha_from_files(git: Path) -> str:
                 return line.split(" ", 1)[0]
     except OSError:
         pass  # nothing to read: said by the answer
-    return UNKNOWN
+    return None
 
 
 def _cpu_model() -> str:

@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 TRAINING_EXPERIMENT = "cifar10"
 EXPLORATION_EXPERIMENT = "cifar10-exploration"
+ORIGIN_TAG = "origin"
 
 _PARAMS_A_BATCH, _METRICS_A_BATCH = 100, 1000  # MLflow's limits
 _LONGEST_PARAM = 6000
@@ -111,20 +112,31 @@ def run(
     *,
     tags: Mapping[str, str] | None = None,
     seed: int | None = None,
+    origin: str | None = None,
     experiment: str = TRAINING_EXPERIMENT,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> Iterator[Run]:
     """A run for the length of the block: FINISHED at its end, FAILED by an exception in it, KILLED by Ctrl-C.
 
-    It carries the code's commit, package versions, hardware and `seed` as tags, besides `tags`.
+    It carries the code's commit, package versions, hardware, `seed` and `origin` as tags, besides `tags`.
+
+    `origin` names what asked for it and asks for one run at a time: runs of the same origin that are still RUNNING are
+    those of earlier attempts whose process was killed, and are marked KILLED first. Without one, nothing is marked.
 
     Raises:
         RegistryUnavailable: MLflow could not be asked at the start, or stayed away for `patience_seconds` at the end.
         RegistryError: MLflow refuses the run.
     """
-    all_tags = {**as_tags(PROJECT_ROOT), **({} if seed is None else {"seed": str(seed)}), **(tags or {})}
+    all_tags = {
+        **as_tags(PROJECT_ROOT, settings.mlops_git_sha),
+        **({} if seed is None else {"seed": str(seed)}),
+        **({} if origin is None else {ORIGIN_TAG: origin}),
+        **(tags or {}),
+    }
     client = _client(settings.tracking_uri)
     experiment_id = _experiment(client, settings.tracking_uri, experiment)
+    if origin is not None:
+        _end_lost_runs(client, settings.tracking_uri, experiment_id, origin)
     with asking(settings.tracking_uri):
         run_id: str = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
     logger.info(
@@ -168,6 +180,16 @@ def log_exploration(settings: Settings, dataset_id: str, folder: Path, params: M
         current.log_params({"dataset_id": dataset_id, **params})
         current.log_artifact(folder)
         return current.id
+
+
+def _end_lost_runs(client: MlflowClient, tracking_uri: str, experiment_id: str, origin: str) -> None:
+    with asking(tracking_uri):
+        running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+        # Compared here: MLflow's filters cannot quote every name.
+        for lost in (found for found in running if found.data.tags.get(ORIGIN_TAG) == origin):
+            logger.warning("Run %s of %s was cut off; marking it KILLED", lost.info.run_id, origin)
+            client.set_tag(lost.info.run_id, "error", "Its process ended without a word; another attempt followed.")
+            client.set_terminated(lost.info.run_id, "KILLED")
 
 
 def _client(tracking_uri: str) -> MlflowClient:

@@ -29,7 +29,9 @@ from ml.training.stages import StageHistory
 logger = logging.getLogger(__name__)
 
 
-def train(settings: Settings, architecture: str, dataset_id: str, recipe: Recipe) -> dict[str, object]:
+def train(
+    settings: Settings, architecture: str, dataset_id: str, recipe: Recipe, *, origin: str | None = None
+) -> dict[str, object]:
     """Trains one model and registers it as a candidate.
 
     Args:
@@ -37,6 +39,7 @@ def train(settings: Settings, architecture: str, dataset_id: str, recipe: Recipe
         architecture: `baseline` or `vgg16`; must be the recipe's.
         dataset_id: of a stored dataset.
         recipe: `ml.training.recipe.load_recipe`, with overrides if any.
+        origin: what asks for it, the same at every attempt; see `ml.registry.tracking.run`.
 
     Returns:
         {"architecture", "recipe", "name", "version", "run_id", "dataset_id", "data", "weights",
@@ -56,11 +59,12 @@ def train(settings: Settings, architecture: str, dataset_id: str, recipe: Recipe
             fix=f"load one of {architecture}'s recipes.",
         )
     manifest = store.read_manifest(settings.data_url, dataset_id)
+    name, tags = f"{architecture}-{recipe.name}", _tags(manifest, recipe)
     with (
-        tracking.run(settings, f"{architecture}-{recipe.name}", tags=_tags(manifest, recipe), seed=recipe.seed) as run,
-        tempfile.TemporaryDirectory(prefix="train-") as name,
+        tracking.run(settings, name, tags=tags, seed=recipe.seed, origin=origin) as run,
+        tempfile.TemporaryDirectory(prefix="train-") as scratch,
     ):
-        folder = Path(name)
+        folder = Path(scratch)
         run.log_dataset(manifest)
         run.log_params(recipe.model_dump(mode="json"))
         run.log_dict(recipe.model_dump(mode="json"), "recipe.json")
@@ -120,7 +124,13 @@ def train(settings: Settings, architecture: str, dataset_id: str, recipe: Recipe
 
 
 def train_by_name(
-    settings: Settings, architecture: str, *, dataset_id: str, recipe: str, retraining_id: int | None = None
+    settings: Settings,
+    architecture: str,
+    *,
+    dataset_id: str,
+    recipe: str,
+    retraining_id: int | None = None,
+    origin: str | None = None,
 ) -> dict[str, object]:
     """`train` by a recipe's name, as `ml.workflows.training_choice.choose` gives it.
 
@@ -132,7 +142,8 @@ def train_by_name(
         As `train`.
     """
     chosen = load_recipe(architecture, recipe)
-    return train(settings, architecture, dataset_id, chosen.with_overrides(seed=chosen.seed + (retraining_id or 0)))
+    seeded = chosen.with_overrides(seed=chosen.seed + (retraining_id or 0))
+    return train(settings, architecture, dataset_id, seeded, origin=origin)
 
 
 def _tags(manifest: Manifest, recipe: Recipe) -> dict[str, str]:

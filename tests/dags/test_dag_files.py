@@ -58,6 +58,12 @@ def test_two_trainings_share_a_pool_of_one(dag_bag):
     assert TRAINING_POOL == MADE_BY_THE_STACK
 
 
+def test_only_trainings_wait_in_the_queue_for_trainings(dag_bag):
+    waiting = {task.dag_id for dag in dag_bag.dags.values() for task in dag.tasks if task.queue == "training"}
+    assert waiting == set(TRAINERS)
+    assert {dag_bag.dags[dag_id].get_task("train").queue for dag_id in TRAINERS} == {"training"}
+
+
 def test_every_dag_is_documented_and_its_tasks_retry_with_backoff(dag_bag):
     for dag in dag_bag.dags.values():
         assert dag.doc_md
@@ -65,7 +71,7 @@ def test_every_dag_is_documented_and_its_tasks_retry_with_backoff(dag_bag):
         assert not dag.catchup
         for task in dag.tasks:
             assert task.retries > 0, task
-            assert task.retry_exponential_backoff, task
+            assert task.retry_exponential_backoff > 1, task
 
 
 def test_every_task_has_a_time_limit(dag_bag):

@@ -118,7 +118,7 @@ def test_a_training_takes_its_retraining_and_announces_the_candidate_with_its_re
     asked = {"dataset_id": older, "recipe": "demo", "retraining_id": retraining}
     run = dag_bag.dags["cifar10_train_baseline"].test(run_conf=asked)
     assert states(run) == {"choose": "success", "train": "success", "close_failed_retraining": "skipped"}
-    assert trained == [("baseline", asked)]
+    assert trained == [("baseline", asked | {"origin": f"cifar10_train_baseline/{run.run_id}"})]
     assert newest_event("cifar10://candidate/baseline") == asked | {"version": 7}
     assert retraining_row() == (True, False, None)  # the gate closes it
 
@@ -127,9 +127,11 @@ def test_a_training_that_was_asked_for_nothing_takes_the_newest_dataset_and_the_
     dag_bag, in_a_folder_of_its_own, trained
 ):
     stored = write_dataset(generate(train=300, test=40, seed=1), (in_a_folder_of_its_own / "data").as_uri())
-    assert dag_bag.dags["cifar10_finetune_vgg16"].test().state == "success"
+    run = dag_bag.dags["cifar10_finetune_vgg16"].test()
+    assert run.state == "success"
     wanted = {"dataset_id": stored.dataset_id, "recipe": "report"}
-    assert trained == [("vgg16", wanted | {"retraining_id": None})]
+    origin = f"cifar10_finetune_vgg16/{run.run_id}"
+    assert trained == [("vgg16", wanted | {"retraining_id": None, "origin": origin})]
     assert newest_event("cifar10://candidate/vgg16") == wanted | {"version": 7}
 
 

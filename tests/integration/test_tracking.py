@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -118,6 +121,38 @@ def test_an_interrupted_block_is_killed(here, client):
     with pytest.raises(KeyboardInterrupt), tracking.run(here, "stopped") as run:
         raise KeyboardInterrupt
     assert client.get_run(run.id).info.status == "KILLED"
+
+
+CUT_OFF = """
+import os, signal, sys
+from ml.registry import tracking
+from ml.settings import load_settings
+
+with tracking.run(load_settings(mlflow_tracking_uri=sys.argv[1]), "cut off", origin=sys.argv[2]) as run:
+    print(run.id, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_whose_process_was_killed_is_ended_by_the_next_attempt(here, client):
+    lost = {}
+    for origin in ("dag/it's run 1", "dag/run 2"):
+        command = [sys.executable, "-c", CUT_OFF, here.tracking_uri, origin]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        lost[origin] = done.stdout.strip()
+    with tracking.run(here, "by hand") as unnamed:
+        assert {client.get_run(run_id).info.status for run_id in lost.values()} == {"RUNNING"}
+        with tracking.run(here, "again", origin="dag/it's run 1") as again:
+            assert client.get_run(again.id).data.tags["origin"] == "dag/it's run 1"
+            ended = client.get_run(lost["dag/it's run 1"])
+            assert ended.info.status == "KILLED"
+            assert ended.info.end_time
+            assert "another attempt" in ended.data.tags["error"]
+            assert client.get_run(lost["dag/run 2"]).info.status == "RUNNING"
+            assert client.get_run(unnamed.id).info.status == "RUNNING"
+    with tracking.run(here, "once more", origin="dag/it's run 1"):
+        assert client.get_run(again.id).info.status == "FINISHED"
 
 
 def test_an_exploration_is_a_run_of_its_own_experiment(here, client, tmp_path):

@@ -55,14 +55,19 @@ def test_a_baseline_becomes_a_version_with_all_its_evidence(ready: tuple[Setting
     from ml.workflows.train import train
 
     settings, dataset_id = ready
-    result = train(settings, "baseline", dataset_id, BASELINE)
+    client = MlflowClient(settings.tracking_uri)
+    experiment = client.get_experiment_by_name("cifar10")
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment("cifar10")
+    cut_off = client.create_run(experiment_id, tags={"origin": "dag/run"}).info.run_id
+    result = train(settings, "baseline", dataset_id, BASELINE, origin="dag/run")
     assert json.loads(json.dumps(result)) == result
     assert (result["architecture"], result["dataset_id"], result["data"]) == ("baseline", dataset_id, "SYNTHETIC")
     assert (result["weights"], result["test_n"]) == ("from scratch", 80)
 
-    client = MlflowClient(settings.tracking_uri)
+    assert client.get_run(cut_off).info.status == "KILLED"
     run = client.get_run(str(result["run_id"]))
     assert run.info.status == "FINISHED"
+    assert run.data.tags["origin"] == "dag/run"
     assert run.data.params["epochs"] == "2"
     assert run.data.params["model.dense_units"] == "16"
     assert run.data.params["images.train"] == "300"
@@ -162,11 +167,13 @@ def test_a_retraining_is_by_the_same_recipe_with_a_seed_of_its_own(
     from ml.workflows import train as workflow
 
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr(workflow, "train", lambda *asked: calls.append(asked) or {})
+    monkeypatch.setattr(workflow, "train", lambda *asked, origin: calls.append((*asked, origin)) or {})
     for retraining_id in (None, 1, 2, 2):
-        workflow.train_by_name(settings, "baseline", dataset_id="ds-0", recipe="demo", retraining_id=retraining_id)
+        workflow.train_by_name(
+            settings, "baseline", dataset_id="ds-0", recipe="demo", retraining_id=retraining_id, origin="dag/run"
+        )
     demo = load_recipe("baseline", "demo")
     seeds = [demo.seed, demo.seed + 1, demo.seed + 2, demo.seed + 2]
-    assert calls == [(settings, "baseline", "ds-0", demo.with_overrides(seed=seed)) for seed in seeds]
+    assert calls == [(settings, "baseline", "ds-0", demo.with_overrides(seed=seed), "dag/run") for seed in seeds]
     with pytest.raises(ConfigurationError, match="no recipe"):
         workflow.train_by_name(settings, "baseline", dataset_id="ds-0", recipe="none such")

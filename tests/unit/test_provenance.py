@@ -54,6 +54,14 @@ def test_no_repository_is_unknown_even_inside_anothers(repository):
     assert code_state(root / "image") == provenance.CodeState("unknown", "unknown")
 
 
+def test_an_image_says_what_it_was_built_from_and_a_repository_is_asked_first(repository, tmp_path_factory):
+    root, sha = repository
+    image = tmp_path_factory.mktemp("image")
+    assert code_state(image, "c0ffee") == provenance.CodeState("c0ffee", "unknown")
+    assert provenance.as_tags(image, "c0ffee")["git.sha"] == "c0ffee"
+    assert code_state(root, "c0ffee").sha == sha
+
+
 def test_packages_and_hardware_are_named_without_importing_them():
     import sys
 
