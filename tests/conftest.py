@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -110,29 +111,28 @@ def database_url(postgres: PostgresProcess) -> str:
     return url
 
 
-@pytest.fixture(scope="session")
-def mlflow_uri(postgres: PostgresProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server on PostgreSQL, serving its artifacts."""
-    folder = tmp_path_factory.mktemp("mlflow")
+@contextmanager
+def mlflow_server(database_url: str, artifacts: str, log: Path, environment: dict[str, str]) -> Iterator[str]:
+    """A real MLflow server, which serves its artifacts; gives its address."""
     port = free_port()
-    with (folder / "server.log").open("wb") as log:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
                 *("--host", "127.0.0.1", "--port", str(port)),
-                *("--backend-store-uri", postgres.new_database("mlflow")),
-                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+                *("--backend-store-uri", database_url),
+                *("--serve-artifacts", "--artifacts-destination", artifacts),
             ],
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | environment,
             process_group=0,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
         )
     uri = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
         if process.poll() is not None:
-            raise RuntimeError(f"MLflow ended: {(folder / 'server.log').read_text()}")
+            raise RuntimeError(f"MLflow ended: {log.read_text()}")
         try:
             return httpx.get(f"{uri}/health", timeout=2).is_success
         except httpx.TransportError:
@@ -143,6 +143,15 @@ def mlflow_uri(postgres: PostgresProcess, tmp_path_factory: pytest.TempPathFacto
         yield uri
     finally:
         stop(process)
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(postgres: PostgresProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow on PostgreSQL and a local folder."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    database = postgres.new_database("mlflow")
+    with mlflow_server(database, str(folder / "artifacts"), folder / "server.log", {}) as uri:
+        yield uri
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ r, column c and channel k (0 red, 1 green, 2 blue) is pixel_{(r * 32 + c) * 3 + 
 `frame.filter(like="pixel_").to_numpy("uint8").reshape(-1, 32, 32, 3)` gives the images back. Rows are in the order of
 the Parquet files.
 
-60,000 rows are 660 MB of text: they are made and compressed piece by piece, so the export holds some 30 MB at a time.
+60,000 rows are 660 MB of text: they are made and compressed piece by piece, so the export holds some 30 MB at a time
+(on S3, which takes a file in one request, a split's file besides: 180 MB).
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Where datasets lie: a local folder or any fsspec URL, with folders that appear whole or not at all.
 
-A folder is committed by its marker file. On a local disk it is written under a staging name and renamed; on an
-object store, which cannot rename, its files are written in place and the marker last. Readers look for markers only,
-so whatever a killed writer leaves is invisible, and the next writer clears it away. What the files hold is others'
-business.
+A folder is committed by its marker file, and each writer writes under a staging name of its own. On a local disk the
+folder is then renamed; an object store cannot rename, so the store copies the finished files to their place, the marker
+last. Readers look for markers only: whatever a killed writer leaves is invisible, and a later writer clears it away.
+What the files hold is others' business; how stores differ is `drivers`'.
 """
 
 import errno
@@ -12,22 +12,18 @@ import os
 import secrets
 import shutil
 import time
-import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from ml.errors import ConfigurationError, StorageError
+from ml.datasets import drivers
+from ml.errors import StorageError
 
 MARKER = "manifest.json"
 _STAGING = ".staging-"
 LEFTOVER_SECONDS = 24 * 3600.0
-"""When a folder without marker on an object store counts as left by a dead writer: no write takes a day."""
+"""When a staging folder on an object store counts as left by a dead writer: no write takes a day."""
 
 
 class FolderWriter:
@@ -37,11 +33,9 @@ class FolderWriter:
         self._storage = storage
         self.path = path
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
         """Opens a file for writing; a name with "/" lies in a subfolder."""
-        path = f"{self.path}/{name}"
-        self._storage.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        return self._storage.fs.open(path, "wb")
+        return self._storage.driver.writing(f"{self.path}/{name}")
 
 
 class Storage:
@@ -51,22 +45,13 @@ class Storage:
         url: "file:///...", a plain path, or any URL that fsspec can open.
 
     Raises:
-        ConfigurationError: fsspec does not know the URL's scheme, or its driver is not installed.
+        ConfigurationError: as `drivers.connect` does.
     """
 
     def __init__(self, url: str) -> None:
-        if url.startswith("file://"):
-            # fsspec takes file URLs literally; Path.as_uri writes a space as %20.
-            url = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
-        try:
-            self.fs, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise ConfigurationError(
-                f"MLOPS_DATA_URL={url!r} cannot be opened: {error}.",
-                fix="use file:///path, or install the scheme's fsspec driver (s3fs for s3://, gcsfs for gs://).",
-            ) from error
-        self.root = root.rstrip("/")
-        self.local = isinstance(self.fs, LocalFileSystem)
+        self.driver = drivers.connect(url)
+        self.fs, self.root, self.local = self.driver.fs, self.driver.root, self.driver.local
+        self._refusals = self.driver.refusals
 
     def url(self, path: str) -> str:
         """The address of a path, for people and other programs."""
@@ -77,22 +62,19 @@ class Storage:
         """The path on this machine's disk; None where it lies elsewhere."""
         return Path(self._full(path)) if self.local else None
 
-    def open(self, path: str) -> IO[bytes]:
-        """Opens a file for reading. Raises FileNotFoundError, as `open` does."""
-        return self.fs.open(self._full(path), "rb")
-
     def read(self, path: str) -> bytes | None:
         """A whole file; None where there is none.
 
         Raises:
-            StorageError: the store could not be asked.
+            StorageError: the store could not be asked, or the bucket is missing.
         """
         try:
-            with self.open(path) as file:
-                return file.read()
-        except FileNotFoundError:
+            return self.fs.cat_file(self._full(path))
+        except FileNotFoundError as error:
+            if drivers.bucket_is_missing(error):
+                raise refused(error, self.url(path), "read") from error
             return None
-        except OSError as error:
+        except self._refusals as error:
             raise refused(error, self.url(path), "read") from error
 
     def committed(self, path: str) -> bool:
@@ -105,7 +87,9 @@ class Storage:
         Raises:
             StorageError: the store could not be asked.
         """
-        return sorted(name for name in self._folders(path) if self.committed(f"{path}/{name}"))
+        return sorted(
+            name for name in self._folders(path) if not name.startswith(".") and self.committed(f"{path}/{name}")
+        )
 
     def files(self, path: str) -> Iterator[tuple[str, bytes]]:
         """Name and content of each file directly under a folder.
@@ -114,9 +98,10 @@ class Storage:
             StorageError: the store could not be asked.
         """
         try:
-            for full in sorted(self.fs.find(self._full(path), maxdepth=1)):
+            entries = self.fs.ls(self._full(path), detail=True)
+            for full in sorted(entry["name"] for entry in entries if entry["type"] == "file"):
                 yield full.rpartition("/")[2], self.fs.cat_file(full)
-        except OSError as error:
+        except self._refusals as error:
             raise refused(error, self.url(path), "read") from error
 
     @contextmanager
@@ -131,27 +116,28 @@ class Storage:
         """
         parent, _, name = target.rpartition("/")
         try:
-            with self._staging(parent, name) if self.local else self._in_place(parent, name) as writer:
+            with self._renamed(parent, name) if self.local else self._copied(parent, name) as writer:
                 yield writer
-        except OSError as error:
+        except self._refusals as error:
             raise refused(error, self.url(target), "written") from error
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}"
 
     def _folders(self, path: str) -> list[str]:
+        """Names of the folders directly under `path`, those of writers at work included."""
         try:
-            self.fs.invalidate_cache()
             entries = self.fs.ls(self._full(path), detail=True)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if drivers.bucket_is_missing(error):
+                raise refused(error, self.url(path), "listed") from error
             return []
-        except OSError as error:
+        except self._refusals as error:
             raise refused(error, self.url(path), "listed") from error
-        names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
-        return [name for name in names if not name.startswith(".")]
+        return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
     @contextmanager
-    def _staging(self, parent: str, name: str) -> Iterator[FolderWriter]:
+    def _renamed(self, parent: str, name: str) -> Iterator[FolderWriter]:
         base = Path(self._full(parent))
         base.mkdir(parents=True, exist_ok=True)
         _clear_dead_staging(base)
@@ -180,40 +166,58 @@ class Storage:
             folder.rename(target)
 
     @contextmanager
-    def _in_place(self, parent: str, name: str) -> Iterator[FolderWriter]:
-        self._clear_old_leftovers(parent)
-        full = self._full(f"{parent}/{name}")
+    def _copied(self, parent: str, name: str) -> Iterator[FolderWriter]:
+        self._clear_old_staging(parent)
+        staging = self._full(f"{parent}/{_STAGING}{name}-{secrets.token_hex(4)}")
         try:
-            yield FolderWriter(self, full)
-        except BaseException:
-            if not self.committed(f"{parent}/{name}") and self.fs.exists(full):
-                self.fs.rm(full, recursive=True)
-            raise
+            yield FolderWriter(self, staging)
+            self._publish(staging, f"{parent}/{name}")
+        finally:
+            self._clear(staging)
 
-    def _clear_old_leftovers(self, parent: str) -> None:
+    def _publish(self, staging: str, target: str) -> None:
+        """Copies a finished folder to its place.
+
+        Nothing is ever deleted there: another writer of the same content may be copying, or be done. The same content
+        gives the same bytes, and a file is replaced whole, so writing one again changes nothing.
+        """
+        if self.committed(target):
+            return
+        files = sorted(self.fs.find(staging), key=lambda file: file == f"{staging}/{MARKER}")
+        for file in files:
+            self.fs.cp_file(file, f"{self._full(target)}{file.removeprefix(staging)}")
+
+    def _clear(self, staging: str) -> None:
+        # A store that is away cannot be cleared, and why the write failed is what counts: a later writer clears it.
+        with suppress(*self._refusals):
+            self.fs.rm(staging, recursive=True)
+
+    def _clear_old_staging(self, parent: str) -> None:
         for name in self._folders(parent):
-            if self.committed(f"{parent}/{name}"):
+            if not name.startswith(_STAGING):
                 continue
             full = self._full(f"{parent}/{name}")
-            written = [_timestamp(self.fs.modified(file)) for file in self.fs.find(full)]
-            if written and max(written) < time.time() - LEFTOVER_SECONDS:
-                self.fs.rm(full, recursive=True)
+            with suppress(FileNotFoundError):  # another writer clears it at the same time
+                written = [self.fs.modified(file).timestamp() for file in self.fs.find(full)]
+                if written and max(written) < time.time() - LEFTOVER_SECONDS:
+                    self.fs.rm(full, recursive=True)
 
 
-def refused(error: OSError, where: str, what: str) -> StorageError:
+def refused(error: Exception, where: str, what: str) -> StorageError:
     """The error for a disk or store that said no. `what`: "read", "written", "listed"."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
         fix = "free some space there (`cifar10 ingest` needs about 200 MB, the CSV export 250 MB more) and run it again"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
-        fix = "grant this user the right to it"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
+        fix = "grant this user the right to it (S3: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+    elif isinstance(error, FileNotFoundError) and drivers.bucket_is_missing(error):
+        fix = "make the bucket, correct its name"
     else:
-        fix = "check the disk or the object store, its address and credentials, and run it again"
-    why = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
-    return StorageError(f"{where} could not be {what}: {why}.", fix=f"{fix}, or set MLOPS_DATA_URL to another place.")
-
-
-def _timestamp(modified: datetime) -> float:
-    return modified.timestamp()
+        fix = "check the disk or the object store (S3: AWS_ENDPOINT_URL and the keys) and run it again"
+    why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return StorageError(
+        f"{where} could not be {what}: {why.rstrip('.')}.", fix=f"{fix}, or set MLOPS_DATA_URL to another place."
+    )
 
 
 def _locked_folder(base: Path, name: str) -> tuple[Path, int]:

@@ -1,7 +1,6 @@
 """Datasets appear whole or not at all, are written once, and come back as they were."""
 
 import errno
-import logging
 import secrets
 import signal
 import subprocess
@@ -305,18 +304,36 @@ def test_what_lies_there_without_a_marker_is_replaced(folder: Path) -> None:
     load_split(str(folder), dataset_id, "train")
 
 
-def test_leftovers_on_an_object_store(caplog: pytest.LogCaptureFixture) -> None:
+def test_leftovers_on_an_object_store() -> None:
     url = f"memory://{secrets.token_hex(4)}"
     memory, root = fsspec.core.url_to_fs(url)
-    same = prepare(RAW).dataset_id
-    for name in (same, "ds-old", "ds-new"):
+    dataset_id = prepare(RAW).dataset_id
+    # A writer that was killed while it copied, one killed two days ago, and one that may still be at work.
+    for name in (dataset_id, f".staging-{dataset_id}-old", f".staging-{dataset_id}-new"):
         memory.makedirs(f"{root}/datasets/{name}")
         memory.pipe(f"{root}/datasets/{name}/train.parquet", b"half")
+    old = memory.store[f"{root}/datasets/.staging-{dataset_id}-old/train.parquet"]
+    old.modified = datetime.now(UTC) - timedelta(days=2)
     assert list_datasets(url) == []
-    memory.store[f"{root}/datasets/ds-old/train.parquet"].modified = datetime.now(UTC) - timedelta(days=2)
-    with caplog.at_level(logging.INFO):
+    write_dataset(RAW, url)
+    assert {path.split("/")[-2] for path in memory.find(root)} == {dataset_id, f".staging-{dataset_id}-new"}
+    assert [each.dataset_id for each in list_datasets(url)] == [dataset_id]
+    load_split(url, dataset_id, "train")
+
+
+def test_a_writer_that_fails_on_an_object_store_takes_nothing_from_another() -> None:
+    """A task that was given up may live on beside its second attempt, and fail when that one is done, or nearly."""
+    url = f"memory://{secrets.token_hex(4)}"
+    storage, dataset_id = Storage(url), prepare(RAW).dataset_id
+    with pytest.raises(RuntimeError), storage.commit(f"datasets/{dataset_id}") as slow:  # noqa: PT012
+        with slow.open("train.parquet") as file:
+            file.write(b"half")
         write_dataset(RAW, url)
-    left = {path.split("/")[-2] for path in memory.find(root)}
-    assert left == {same, "ds-new"}, "another writer may still be at work on the new one"
-    assert [each.dataset_id for each in list_datasets(url)] == [same]
-    load_split(url, same, "train")
+        raise RuntimeError
+    load_split(url, dataset_id, "train")
+    with storage.commit(f"datasets/{dataset_id}") as slower:
+        for name in ("train.parquet", MARKER):
+            with slower.open(name) as file:
+                file.write(b"of another version of this program")
+    load_split(url, dataset_id, "train")
+    assert [path for path in storage.fs.find(storage.root) if "staging" in path] == []

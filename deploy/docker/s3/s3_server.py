@@ -27,6 +27,7 @@ from swift.common import utils
 from swift.common.daemon import run_daemon
 from swift.common.middleware.tempauth import TempAuth
 from swift.common.ring import RingBuilder
+from swift.common.swob import HTTPNotFound
 from swift.common.wsgi import run_wsgi
 from swift.obj.updater import ObjectUpdater
 
@@ -57,32 +58,49 @@ class OneKey(TempAuth):  # type: ignore[misc]
             }
         }
 
+    def handle(self, env: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """Gives out no tokens: requests are signed, each for itself."""
+        return HTTPNotFound()(env, start_response)
+
 
 def one_key(_global: dict[str, str], **conf: str) -> Callable[..., OneKey]:
     """What `[filter:auth]` names."""
     return lambda app: OneKey(app, conf)
 
 
+PIPELINE: dict[str, tuple[str, ...]] = {
+    "catch_errors": (),
+    "gatekeeper": (),
+    "healthcheck": (),
+    "listing_formats": (),
+    "bulk": (),
+    # The check of the pipeline knows filters for authentication by the names of Swift's own.
+    "s3api": ("auth_pipeline_check = false", "max_upload_part_num = 10000"),
+    "auth": (),
+    "copy": (),
+    # Else the parts of a deleted object wait for a daemon that does not run here, and stay on the disk.
+    "slo": ("allow_async_delete = false", "max_manifest_segments = 10000"),
+    "dlo": (),
+    "versioned_writes": (),
+}
+"""The proxy's filters and their options: what S3 needs of Swift."""
+
+
 def proxy_config(host: str, port: int, run: Path) -> str:
-    """The proxy's pipeline: what S3 needs of Swift, and Swift's own interface to nobody (there are no tokens)."""
-    filters = ("catch_errors", "gatekeeper", "healthcheck", "listing_formats", "bulk", "s3api")
-    behind = ("copy", "slo", "dlo", "versioned_writes")
-    sections = "\n".join(f"[filter:{name}]\nuse = egg:swift#{name}" for name in (*filters, *behind))
-    sections = sections.replace(
-        "egg:swift#s3api",
-        # The pipeline check knows Swift's own filters for authentication by their names alone.
-        "egg:swift#s3api\nauth_pipeline_check = false\nmax_upload_part_num = 10000",
-    ).replace("egg:swift#slo", "egg:swift#slo\nmax_manifest_segments = 10000")
+    """The server that speaks S3."""
+    made_by = {name: f"use = egg:swift#{name}" for name in PIPELINE} | {
+        "auth": "paste.filter_factory = s3_server:one_key"
+    }
+    filters = "\n".join("\n".join((f"[filter:{name}]", made_by[name], *PIPELINE[name])) for name in PIPELINE)
     return f"""
 {_common(host, port, run)}
 [pipeline:main]
-pipeline = {" ".join(filters)} auth {" ".join(behind)} proxy-server
+pipeline = {" ".join(PIPELINE)} proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
-[filter:auth]
-paste.filter_factory = s3_server:one_key
-{sections}
+expose_info = false
+{filters}
 """
 
 
