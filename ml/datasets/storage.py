@@ -225,11 +225,14 @@ def _locked_folder(base: Path, name: str) -> tuple[Path, int]:
     while True:
         folder = base / f"{_STAGING}{name}-{secrets.token_hex(4)}"
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another writer took it for a dead one's, and cleared it
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             return folder, lock
-        os.close(lock)  # another writer took it for a dead one's before the lock was held
+        os.close(lock)  # it did so before the lock was held
 
 
 def _clear_dead_staging(base: Path) -> None:

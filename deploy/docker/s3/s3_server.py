@@ -6,7 +6,9 @@ Swift is four servers and a daemon. The proxy speaks S3 and is the only one that
 and object servers listen on loopback ports that are chosen at each start. An answered upload was synced to the disk,
 listings show it at once, and `If-None-Match: *` holds: what clients of S3 rely on.
 
-One disk is one copy: a lost disk is lost data, unless it was backed up (stop the server, then copy the folder).
+One disk is one copy: a lost disk is lost data, unless it was backed up. What an object is stands in its file's extended
+attributes: stop the server, then copy the folder with them (`tar --xattrs`, `cp -a`), or copy through S3.
+An object that was uploaded in parts and is overwritten leaves its old parts on the disk; a deleted one does not.
 """
 
 import argparse
@@ -18,8 +20,10 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from swift.common.swob import HTTPNotFound
 from swift.common.wsgi import run_wsgi
 from swift.obj.updater import ObjectUpdater
 
-# Where an object lies on the disk follows from these three: with others, the data that are there would not be found.
+# Where an object lies on the disk follows from these: with others, the data that are there would not be found.
 ACCOUNT = "AUTH_cifar10"
 PATH_SUFFIX = "cifar10"
 PARTITION_POWER = 4
@@ -148,11 +152,15 @@ def check_data(data: Path) -> None:
     disk = data / DISK
     try:
         disk.mkdir(parents=True, exist_ok=True)
-        lock = os.open(data, os.O_RDONLY)  # never closed: it is held until this process ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(data, os.O_RDONLY)  # never closed: it is held until this process and its servers end
+        for _ in range(50):  # those of a killed predecessor are about to
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
+            sys.exit(f"Another S3 server uses {data}. Fix: stop it, or give this one a folder of its own.")
         os.setxattr(disk, "user.tried", b"yes")
-    except BlockingIOError:
-        sys.exit(f"Another S3 server uses {data}. Fix: stop it, or give this one a folder of its own.")
     except OSError as error:
         sys.exit(
             f"{data} cannot hold an S3 server's data: {error.strerror}. Fix: give this user the right to write there, "
@@ -236,8 +244,8 @@ def main() -> int:
     for name in ("S3_ACCESS_KEY", "S3_SECRET_KEY"):
         if not os.environ.get(name):
             sys.exit(f"{name} is not set. Fix: set the key pair that clients sign with.")
+    check_data(given.data)  # first: a predecessor that is still ending holds the port as well
     check_port(given.host, given.port)
-    check_data(given.data)
     with tempfile.TemporaryDirectory(prefix="s3-") as run:
         return serve(given.data.absolute(), given.host, given.port, Path(run))
 
