@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from html import escape
 
 import httpx
+from airflow.api_fastapi.core_api.security import requires_authenticated
 from airflow.plugins_manager import AirflowPlugin
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.responses import HTMLResponse
 
 
@@ -38,7 +39,14 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>CIFA
 table{{border-collapse:collapse}}td,th{{padding:.4rem 1rem .4rem 0;text-align:left;border-bottom:1px solid #8884}}
 </style></head><body><h1>Where the loop stands</h1><table>{rows}</table></body></html>"""
 
-app = FastAPI(title="CIFAR-10 status", docs_url=None, redoc_url=None, openapi_url=None)
+# Airflow mounts the page as it is: who may see it is for the page to say.
+app = FastAPI(
+    title="CIFAR-10 status",
+    docs_url=None,
+    redoc_url=None,
+    openapi_url=None,
+    dependencies=[Depends(requires_authenticated())],
+)
 
 
 async def _ask(client: httpx.AsyncClient, url: str) -> str:

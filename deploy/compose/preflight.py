@@ -1,4 +1,4 @@
-"""Before anything starts: are the secrets fit for where this runs?
+"""Before anything starts: can the services work with what .env says, and are the secrets fit for where this runs?
 
 Compose gives every secret a default, so that `docker compose up` works on a laptop without a file; each says of itself
 that it is for development only. With MLOPS_ENV=production none of them is accepted, nor a missing or short one.
@@ -8,6 +8,7 @@ Standard library only.
 import base64
 import binascii
 import os
+import re
 import sys
 from collections.abc import Mapping
 
@@ -28,18 +29,51 @@ SECRETS = (
     "S3_SECRET_KEY",
 )
 API_KEYS = "PREDICTION_API_KEYS"
+FERNET_KEY = "AIRFLOW_FERNET_KEY"
+LISTS = (API_KEYS, FERNET_KEY)
+"""Several, separated by commas: the old one and the new one while they are changed."""
+
+FIT = re.compile(r"[A-Za-z0-9_=.-]*")
+"""What stands unchanged in an address, in .env and in JSON alike: no service reads another secret than is meant."""
+
+MOUNTED = {
+    "CIFAR10_SOURCE": ("CIFAR10_ARCHIVE", "/opt/cifar10/cifar-10-python.tar.gz"),
+    "VGG16_WEIGHTS": ("VGG16_WEIGHTS_FILE", "/srv/vgg16_notop.h5"),
+}
+"""Settings that may be a path, the variables that mount a file of this machine, and where it then lies."""
 ENVIRONMENTS = ("development", "production")
 
 
 def unfit(environment: Mapping[str, str]) -> list[str]:
     """What is wrong with the secrets, a line for each; empty where all are fit for production."""
-    found = {name: _weakness(environment.get(name, "")) for name in SECRETS}
-    keys = [key.strip() for key in environment.get(API_KEYS, "").split(",") if key.strip()]
-    found[API_KEYS] = "is not set" if not keys else next(filter(None, map(_weakness, keys)), None)
-    return [f"{name} {weakness}" for name, weakness in found.items() if weakness]
+    found = [(name, _weakness(environment.get(name, ""), name in LISTS)) for name in (*SECRETS, API_KEYS)]
+    return [f"{name} {weakness}" for name, weakness in found if weakness]
 
 
-def _weakness(secret: str) -> str | None:
+def unusable(environment: Mapping[str, str]) -> list[str]:
+    """What no service could work with, anywhere; a line for each."""
+    values = {name: environment.get(name, "") for name in (*SECRETS, API_KEYS)}
+    found = [
+        f"{name} holds characters that an address or JSON reads otherwise. Fix: letters, digits, _ = . - alone."
+        for name, value in values.items()
+        if not FIT.fullmatch(value.replace(",", "") if name in LISTS else value)
+    ]
+    for name, (variable, path) in MOUNTED.items():
+        value = environment.get(name, "")
+        if value.startswith(("/", ".", "~", "file:")) and value != path:
+            found.append(
+                f"{name}={value} is a path of this machine, which the containers do not see. "
+                f"Fix: {variable}={value} and {name}={path}."
+            )
+    return found
+
+
+def _weakness(value: str, is_list: bool) -> str | None:
+    secrets = [part.strip() for part in value.split(",") if part.strip()] if is_list else [value]
+    return next(filter(None, map(_weakness_of_one, secrets)), None) if secrets else "is not set"
+
+
+def _weakness_of_one(secret: str) -> str | None:
     if not secret:
         return "is not set"
     if DEVELOPMENT_ONLY in secret or DEVELOPMENT_ONLY in _decoded(secret):
@@ -60,6 +94,9 @@ def main(environment: Mapping[str, str]) -> int:
     name = environment.get("MLOPS_ENV", "development")
     if name not in ENVIRONMENTS:
         print(f"MLOPS_ENV={name!r} is unknown. Fix: set it to {' or '.join(ENVIRONMENTS)}.", file=sys.stderr)
+        return 2
+    if broken := unusable(environment):
+        print("Nothing is started with these settings:", *broken, sep="\n  ", file=sys.stderr)
         return 2
     problems = unfit(environment)
     if name == "production" and problems:

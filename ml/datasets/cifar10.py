@@ -145,7 +145,8 @@ def _load_auto(
 ) -> RawDataset:
     reasons = []
     for candidate in _local_copies(cache_dir, layout):
-        if candidate.exists():
+        # Not whatever exists: a container where no archive was given has /dev/null in its place.
+        if candidate.is_file() or candidate.is_dir():
             try:
                 return load_path(candidate, layout)
             except SourceCorrupt as error:

@@ -80,11 +80,21 @@ def test_airflow_takes_it_in(airflow_database):
 
 
 def page(module):
+    from airflow.api_fastapi.core_api.security import get_user
     from fastapi.testclient import TestClient
 
+    module.app.dependency_overrides[get_user] = lambda: "somebody who has logged in"
     reply = TestClient(module.app).get("/")
     assert reply.status_code == 200
     return reply.text
+
+
+def test_without_a_login_nothing_is_told(plugin, neighbour):
+    from fastapi.testclient import TestClient
+
+    reply = TestClient(plugin(**ADDRESSES | {"PREDICTIONS_URL": neighbour.url}).app).get("/")
+    assert reply.status_code == 401
+    assert neighbour.asked == []
 
 
 def links(module):

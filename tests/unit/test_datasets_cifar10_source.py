@@ -175,6 +175,13 @@ def test_auto_without_network_says_what_to_do(tmp_path: Path) -> None:
         assert remedy in error.value.fix
 
 
+def test_auto_passes_over_what_is_no_file(tmp_path: Path) -> None:
+    # Where no archive was given, a container has a device in its place.
+    Path(ARCHIVE_NAME).symlink_to(os.devnull)
+    with pytest.raises(SourceUnreachable):
+        load("auto", tmp_path)
+
+
 def test_auto_falls_back_only_where_allowed_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     raw = load("auto", tmp_path, allow_stand_in=True)
     assert raw.data == "SYNTHETIC"
