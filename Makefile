@@ -3,8 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PYTEST := $(BIN)/python -m pytest
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+IMAGES := preflight postgres mlflow-migrations prediction-server redis s3
 
-.PHONY: help install demo up down test test-services test-stack check format clean requirements
+.PHONY: help install demo up down env images test test-services test-stack compose-test check format clean requirements
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -30,6 +32,13 @@ up: $(INSTALLED) ## The local stack in the foreground; Ctrl-C stops all of it
 down: $(INSTALLED) ## Stop the local stack
 	@$(BIN)/cifar10 down
 
+env: ## Write .env for the stack in containers: a random value for each secret that it does not set
+	@deploy/compose/write-env
+
+# Each says in its labels which commit it was made of.
+images: ## Build the images of the stack in containers
+	GIT_SHA=$$(git rev-parse HEAD 2>/dev/null || echo unknown) COMPOSE_PROFILES=celery,s3 $(COMPOSE) build
+
 # Two at a time: half of their time the tests of services wait, for a start, a retry or an outage to end.
 test: $(INSTALLED) ## All tests, quick ones first
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-services test-stack
@@ -39,6 +48,10 @@ test-services: $(INSTALLED)
 
 test-stack: $(INSTALLED)
 	$(PYTEST) tests/model tests/stack
+
+# Not among the tests above: half an hour, and a Docker engine with its Compose.
+compose-test: $(INSTALLED) ## The system in containers, from nothing: start, loop, restarts, outages, removal; prints the times
+	$(PYTEST) tests/compose -s -x
 
 check: $(INSTALLED) ## Lint, format, types, layers
 	$(BIN)/ruff check .
