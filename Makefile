@@ -4,7 +4,6 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PYTEST := $(BIN)/python -m pytest
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
-IMAGES := preflight postgres mlflow-migrations prediction-server redis s3
 
 .PHONY: help install demo up down env images test test-services test-stack compose-test check format clean requirements
 .DEFAULT_GOAL := help
