@@ -14,10 +14,14 @@ import yaml
 from deploy.compose import preflight
 
 ROOT = Path(__file__).parents[2]
-COMPOSE_FILES = [ROOT / "docker-compose.yml", *sorted((ROOT / "deploy" / "compose").glob("*.yml"))]
+PUBLISH = ROOT / "deploy" / "compose" / "publish.yml"
+"""Changes services of docker-compose.yml and has none of its own."""
+COMPOSE_FILES = [ROOT / "docker-compose.yml", ROOT / "deploy" / "compose" / "remote-worker.yml"]
 DOCKERFILES = sorted((ROOT / "deploy" / "docker").glob("*/Dockerfile"))
 WRITE_ENV = ROOT / "deploy" / "compose" / "write-env"
 LOOPBACK_PORT = re.compile(r"127\.0\.0\.1:(\$\{\w+:-\d+\}|\d+):\d+")
+# An address that the operator must name: there is no default, and so no 0.0.0.0 by oversight.
+PRIVATE_PORT = re.compile(r"\$\{MLOPS_(PRIVATE|WORKER)_ADDRESS:\?\}:\d+:\d+")
 # ${NAME}, ${NAME:-default} and their like; $$ is a dollar for the container's own shell.
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)([^}]*)\}")
 
@@ -37,12 +41,13 @@ def stays(service):
 
 
 def variables():
-    """Each variable of the Compose files with every form in which it stands there: {"NAME": {":-default"}}."""
+    """Each variable of the Compose files with every default that it has there: {"NAME": {":-default"}}."""
     found = {}
     for path in COMPOSE_FILES:
         text = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
         for name, form in VARIABLE.findall(text):
-            found.setdefault(name, set()).add(form)
+            if not form.startswith(":?"):
+                found.setdefault(name, set()).add(form)
     return found
 
 
@@ -95,9 +100,19 @@ def test_a_service_is_kept_and_watched_or_does_one_thing_and_ends(service):
         assert "healthcheck" not in service
 
 
-@every_service
-def test_a_port_is_published_on_loopback_alone(service):
-    assert [port for port in service.get("ports", []) if not LOOPBACK_PORT.fullmatch(port)] == []
+def test_a_port_is_published_on_loopback_alone():
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert [port for port in ports if not LOOPBACK_PORT.fullmatch(port)] == []
+
+
+def test_other_hosts_are_let_in_at_an_address_that_was_named():
+    published = yaml.safe_load(PUBLISH.read_text())["services"]
+    assert published.keys() <= SERVICES.keys()
+    assert {key for change in published.values() for key in change} <= {"ports", "environment", "command"}
+    assert published["preflight"] == {"environment": {"MLOPS_ENV": "production"}}
+    worker = FILES["deploy/compose/remote-worker.yml"]["services"].values()
+    ports = [port for service in (*published.values(), *worker) for port in service.get("ports", [])]
+    assert [port for port in ports if not PRIVATE_PORT.fullmatch(port)] == []
 
 
 @pytest.mark.parametrize("name", SERVICES)
