@@ -1,9 +1,9 @@
 # shellcheck shell=sh
 # Sourced by the scripts beside it: which stack they work on, and the ways to its containers and volumes.
 #
-# The stack is the one that Compose itself would choose in the repository's root: COMPOSE_PROJECT_NAME, COMPOSE_PROFILES,
-# COMPOSE_FILE, and COMPOSE_ENV_FILES (one file) instead of .env. Compose 2 and Compose 1 both do; the second does not
-# know COMPOSE_ENV_FILES by itself. Nothing else than Docker with Compose is needed.
+# The stack is the one that Compose itself would choose in the repository's root: by COMPOSE_PROJECT_NAME,
+# COMPOSE_PROFILES, COMPOSE_FILE, and COMPOSE_ENV_FILES (one file) instead of .env. Compose 2 and Compose 1 both do; the
+# second does not know COMPOSE_ENV_FILES by itself. Nothing else than Docker with Compose is needed.
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -18,7 +18,8 @@ case $env_file in
     *) env_file=$PWD/$env_file ;;
 esac
 unset COMPOSE_ENV_FILES
-[ -z "$env_file" ] || [ -r "$env_file" ] || die "$env_file cannot be read. Fix: let COMPOSE_ENV_FILES name the stack's file."
+[ -z "$env_file" ] || [ -r "$env_file" ] ||
+    die "$env_file cannot be read. Fix: let COMPOSE_ENV_FILES name the stack's file."
 
 if docker compose version >/dev/null 2>&1; then
     compose() { docker compose ${env_file:+--env-file "$env_file"} "$@"; }
