@@ -152,8 +152,11 @@ def test_what_a_killed_writer_leaves_is_invisible(moment, at, server, url):
 
 
 def test_who_is_interrupted_leaves_nothing(server, url, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(store, "_describe", lambda *_: signal.raise_signal(signal.SIGINT))
+        interrupted.setattr(store, "_describe", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.write_dataset(RAW, url)
     assert left(server, url) == []
