@@ -1,1 +1,1 @@
-"""How good a model is and whether it may take over: metrics, plots, corruptions, the gate. Pure; no TensorFlow."""
+"""How good a model is and whether it may take over: metrics, robustness, plots, the gate. Pure; no TensorFlow."""
