@@ -11,9 +11,11 @@
     │   └── DatasetInvalid        its content breaks a check
     ├── StorageError              a disk or an object store refused a write or a read
     ├── TrainingError             a training run cannot yield a model
-    │   └── TrainingDiverged      the loss is NaN or infinite
+    │   ├── TrainingDiverged      the loss is NaN or infinite
+    │   └── NotReproduced         trained again, it came out otherwise
     ├── RegistryError             the registry answered, and the answer is no
     │   ├── ModelNotFound         no version, or no such alias
+    │   ├── RunNotFound           no training run has this id
     │   └── ModelInvalid          the version's files are not a model that can be used
     ├── ServiceUnavailable        a service could not be asked; says nothing of what it would have answered
     │   ├── DatabaseUnavailable
@@ -97,12 +99,20 @@ class TrainingDiverged(TrainingError):
     """The loss is NaN or infinite."""
 
 
+class NotReproduced(TrainingError):
+    """Trained again, it came out otherwise."""
+
+
 class RegistryError(CifarError):
     """The registry answered, and the answer is no."""
 
 
 class ModelNotFound(RegistryError):
     """No version, or no such alias."""
+
+
+class RunNotFound(RegistryError):
+    """No training run has this id."""
 
 
 class ModelInvalid(RegistryError):

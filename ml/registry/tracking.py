@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Run as MlflowRun
 
 from ml.addresses import public_url
-from ml.errors import RegistryError, RegistryUnavailable
+from ml.errors import ModelNotFound, RegistryError, RegistryUnavailable, RunNotFound
 from ml.registry.connection import BULK, PATIENCE_SECONDS, QUICK, Limits, asking, patiently
 from ml.registry.provenance import as_tags
 from ml.settings import PROJECT_ROOT, Settings
@@ -33,6 +34,7 @@ T = TypeVar("T")
 TRAINING_EXPERIMENT = "cifar10"
 EXPLORATION_EXPERIMENT = "cifar10-exploration"
 ORIGIN_TAG = "origin"
+_ERROR_TAG = "error"
 
 _PARAMS_A_BATCH, _METRICS_A_BATCH = 100, 1000  # MLflow's limits
 _LONGEST_PARAM = 6000
@@ -53,7 +55,10 @@ class Run:
         self.client = _client(settings.tracking_uri)
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Records settings. Nested mappings become dotted names. A name is written once: params do not change."""
+        """Records settings. Nested mappings become dotted names. A name is written once: params do not change.
+
+        The same value again is no change, so that a resumed run may say all of them once more.
+        """
         flat = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in _flatten(params).items()]
         for start in range(0, len(flat), _PARAMS_A_BATCH):
             batch = flat[start : start + _PARAMS_A_BATCH]
@@ -114,6 +119,7 @@ def run(
     seed: int | None = None,
     origin: str | None = None,
     experiment: str = TRAINING_EXPERIMENT,
+    run_id: str | None = None,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> Iterator[Run]:
     """A run for the length of the block: FINISHED at its end, FAILED by an exception in it, KILLED by Ctrl-C.
@@ -123,9 +129,14 @@ def run(
     `origin` names what asked for it and asks for one run at a time: runs of the same origin that are still RUNNING are
     those of earlier attempts whose process was killed, and are marked KILLED first. Without one, nothing is marked.
 
+    `run_id` goes on with a run that was begun and not finished, under the name that it has: it is RUNNING again. Its
+    tags stay; what is otherwise now (another commit, another machine) is added as `resumed.<tag>`, how often it was
+    resumed as `resumed`, and what ended it before as `resumed.after`.
+
     Raises:
         RegistryUnavailable: MLflow could not be asked at the start, or stayed away for `patience_seconds` at the end.
-        RegistryError: MLflow refuses the run.
+        RunNotFound: this experiment has no run of that `run_id`.
+        RegistryError: MLflow refuses the run; or the run of that `run_id` is finished.
     """
     all_tags = {
         **as_tags(PROJECT_ROOT, settings.mlops_git_sha),
@@ -135,12 +146,18 @@ def run(
     }
     client = _client(settings.tracking_uri)
     experiment_id = _experiment(client, settings.tracking_uri, experiment)
+    before = None if run_id is None else _unfinished(client, settings.tracking_uri, experiment_id, run_id)
     if origin is not None:
-        _end_lost_runs(client, settings.tracking_uri, experiment_id, origin)
-    with asking(settings.tracking_uri):
-        run_id: str = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
+        _end_lost_runs(client, settings.tracking_uri, experiment_id, origin, spared=run_id)
+    if before is None:
+        with asking(settings.tracking_uri):
+            run_id = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
+    else:
+        all_tags = _resume(client, settings.tracking_uri, before, all_tags)
+        run_id, name = before.info.run_id, before.info.run_name
     logger.info(
-        "MLflow run %s (%s) in experiment %s at %s", name, run_id, experiment, public_url(settings.tracking_uri)
+        "MLflow run %s (%s)%s in experiment %s at %s",
+        *(name, run_id, " resumed" if before else "", experiment, public_url(settings.tracking_uri)),
     )
     current = Run(settings, run_id, all_tags, patience_seconds)
     try:
@@ -150,7 +167,7 @@ def run(
         try:
             # The block's own error matters more than a run that stays open: no waiting for an MLflow that is away.
             with asking(settings.tracking_uri):
-                client.set_tag(run_id, "error", str(error)[:5000] or type(error).__name__)
+                client.set_tag(run_id, _ERROR_TAG, str(error)[:5000] or type(error).__name__)
                 client.set_terminated(run_id, status)
         except (RegistryUnavailable, RegistryError) as unmarked:
             logger.warning("Run %s could not be marked %s: %s", run_id, status, unmarked)
@@ -182,13 +199,60 @@ def log_exploration(settings: Settings, dataset_id: str, folder: Path, params: M
         return current.id
 
 
-def _end_lost_runs(client: MlflowClient, tracking_uri: str, experiment_id: str, origin: str) -> None:
+def mark(settings: Settings, run_id: str, tags: Mapping[str, object]) -> None:
+    """Adds tags to a run that has ended, replacing those of the same key.
+
+    Raises:
+        RegistryUnavailable: MLflow stayed away for two minutes.
+        RegistryError: MLflow refuses, or has no such run.
+    """
+    Run(settings, run_id, {}, PATIENCE_SECONDS).log_tags(tags)
+
+
+def _unfinished(client: MlflowClient, tracking_uri: str, experiment_id: str, run_id: str) -> MlflowRun:
+    """The run of that id as it stands, if it can be gone on with."""
+    anew = "leave the run id out, and train it anew."
+    try:
+        with asking(tracking_uri):
+            found = client.get_run(run_id)
+    except ModelNotFound as error:
+        raise RunNotFound(f"MLflow at {public_url(tracking_uri)} has no run {run_id} to resume.", fix=anew) from error
+    if found.info.experiment_id != experiment_id or found.info.lifecycle_stage == "deleted":
+        raise RunNotFound(f"Run {run_id} was deleted, or is of another experiment: it cannot be resumed.", fix=anew)
+    if found.info.status == "FINISHED":
+        raise RegistryError(f"Run {run_id} is finished: there is nothing to resume.", fix=anew)
+    return found
+
+
+def _resume(client: MlflowClient, tracking_uri: str, before: MlflowRun, tags: Mapping[str, str]) -> dict[str, str]:
+    """Makes the run RUNNING again; returns its tags as they then are."""
+    known = dict(before.data.tags)
+    ended_by = known.pop(_ERROR_TAG, "Its process ended without a word.")
+    changed = {key: value for key, value in tags.items() if known.get(key, value) != value}
+    added = {
+        **{key: value for key, value in tags.items() if key not in known},
+        **{f"resumed.{key}": value for key, value in changed.items()},
+        "resumed": str(int(known.get("resumed", "0")) + 1),
+        "resumed.after": ended_by,
+    }
+    with asking(tracking_uri):
+        client.update_run(before.info.run_id, status="RUNNING")
+        client.log_batch(before.info.run_id, tags=[RunTag(key, value) for key, value in added.items()])
+        if _ERROR_TAG in before.data.tags:
+            client.delete_tag(before.info.run_id, _ERROR_TAG)
+    return {**known, **added}
+
+
+def _end_lost_runs(
+    client: MlflowClient, tracking_uri: str, experiment_id: str, origin: str, *, spared: str | None
+) -> None:
     with asking(tracking_uri):
         running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
         # Compared here: MLflow's filters cannot quote every name.
-        for lost in (found for found in running if found.data.tags.get(ORIGIN_TAG) == origin):
+        same = (found for found in running if found.data.tags.get(ORIGIN_TAG) == origin)
+        for lost in (found for found in same if found.info.run_id != spared):
             logger.warning("Run %s of %s was cut off; marking it KILLED", lost.info.run_id, origin)
-            client.set_tag(lost.info.run_id, "error", "Its process ended without a word; another attempt followed.")
+            client.set_tag(lost.info.run_id, _ERROR_TAG, "Its process ended without a word; another attempt followed.")
             client.set_terminated(lost.info.run_id, "KILLED")
 
 

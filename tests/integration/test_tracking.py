@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from ml.errors import RegistryUnavailable
+from ml.errors import RegistryError, RegistryUnavailable, RunNotFound
 from ml.registry import tracking
 from ml.registry.versions import Registry
 from tests.tiny_versions import empty_registry, register_tiny, small_dataset
@@ -153,6 +153,84 @@ def test_a_run_whose_process_was_killed_is_ended_by_the_next_attempt(here, clien
             assert client.get_run(unnamed.id).info.status == "RUNNING"
     with tracking.run(here, "once more", origin="dag/it's run 1"):
         assert client.get_run(again.id).info.status == "FINISHED"
+
+
+def test_a_run_that_was_cut_off_goes_on_under_its_own_id(here, client):
+    manifest = small_dataset(here)
+    command = [sys.executable, "-c", CUT_OFF, here.tracking_uri, "dag/resumes"]
+    lost = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    begun = client.get_run(lost)
+    assert begun.info.status == "RUNNING"
+    other = client.create_run(begun.info.experiment_id, tags={"origin": "dag/resumes"}).info.run_id
+    client.set_tag(lost, "git.sha", "an older commit")
+    with tracking.run(here, "another name", tags={"command": "cifar10"}, origin="dag/resumes", run_id=lost) as run:
+        assert run.id == lost
+        assert client.get_run(lost).info.status == "RUNNING"
+        assert client.get_run(other).info.status == "KILLED"
+        run.log_dataset(manifest)
+    stored = client.get_run(lost)
+    assert stored.info.status == "FINISHED"
+    assert stored.info.run_name == "cut off"
+    tags = stored.data.tags
+    assert (tags["origin"], tags["command"], tags["resumed"]) == ("dag/resumes", "cifar10", "1")
+    # What made its first half stays said, and so does what made the second.
+    assert tags["git.sha"] == run.tags["git.sha"] == "an older commit"
+    assert len(tags["resumed.git.sha"]) == 40
+    assert "resumed.version.numpy" not in tags
+
+
+def test_a_resumed_run_may_say_all_of_it_again_and_can_fail_again(here, client):
+    manifest = small_dataset(here)
+    ids: set[str] = set()
+
+    def interrupted(attempt: int) -> None:
+        with tracking.run(here, "resumes", run_id=next(iter(ids), None)) as run:
+            run.log_params({"epochs": 3, "stages": {"fit": {"rate": 0.1}}})
+            run.log_dataset(manifest)
+            run.log_metrics({"fit/loss": 1.0 / (attempt + 1)}, step=attempt)
+            ids.add(run.id)
+            raise KeyboardInterrupt(f"interrupted in attempt {attempt}")
+
+    for attempt in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(attempt)
+        (run_id,) = ids
+        assert client.get_run(run_id).info.status == "KILLED"
+        assert str(attempt) in client.get_run(run_id).data.tags["error"]
+    with tracking.run(here, "resumes", run_id=run_id) as run:
+        run.log_params({"epochs": 3, "stages": {"fit": {"rate": 0.1}}})
+        with pytest.raises(RegistryError, match="epochs"):
+            run.log_params({"epochs": 4})
+    stored = client.get_run(run_id)
+    assert stored.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run_id, "fit/loss")] == [0, 1, 2]
+    assert len(stored.inputs.dataset_inputs) == 1
+    assert "error" not in stored.data.tags
+    assert (stored.data.tags["resumed"], stored.data.tags["resumed.after"]) == ("3", "interrupted in attempt 2")
+
+
+def test_what_is_finished_or_not_there_is_not_resumed(here, client):
+    with tracking.run(here, "done") as done:
+        pass
+    with tracking.run(here, "elsewhere", experiment="another") as elsewhere:
+        pass
+    for run_id, error, words in (
+        (done.id, RegistryError, "finished"),
+        ("0" * 32, RunNotFound, "has no run"),
+        (elsewhere.id, RunNotFound, "another experiment"),
+    ):
+        with pytest.raises(error, match=words) as caught, tracking.run(here, "never", run_id=run_id):
+            pytest.fail("the block ran")
+        assert "anew" in caught.value.fix
+    assert client.get_run(done.id).info.status == "FINISHED"
+
+
+def test_a_run_that_has_ended_can_still_be_marked(here, client):
+    with tracking.run(here, "done", tags={"a": "1"}) as done:
+        pass
+    tracking.mark(here, done.id, {"a": "2", "b": "3"})
+    stored = client.get_run(done.id)
+    assert (stored.info.status, stored.data.tags["a"], stored.data.tags["b"]) == ("FINISHED", "2", "3")
 
 
 def test_an_exploration_is_a_run_of_its_own_experiment(here, client, tmp_path):

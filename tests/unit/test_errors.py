@@ -36,5 +36,5 @@ def test_an_error_says_the_fix_and_survives_a_process_boundary(kind):
 
 def test_none_there_and_could_not_ask_share_no_class_but_the_root():
     could_not_ask = {kind for kind in ALL if issubclass(kind, errors.ServiceUnavailable)}
-    for kind in (errors.ModelNotFound, errors.DatasetNotFound, errors.PredictionNotFound):
+    for kind in (errors.ModelNotFound, errors.RunNotFound, errors.DatasetNotFound, errors.PredictionNotFound):
         assert could_not_ask.isdisjoint(kind.__mro__)
