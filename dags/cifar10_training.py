@@ -52,12 +52,14 @@ def training_dag(dag_id: str, architecture: str, candidate: Asset, *, timeout: t
 
         # Celery's workers choose their queues; other executors look at none.
         @task(pool=TRAINING_POOL, queue=TRAINING_QUEUE, execution_timeout=timeout, outlets=[candidate])
-        def train(request: dict[str, Any], *, run_id: Any = None, outlet_events: Any = None) -> dict[str, Any]:
-            from ml.workflows.train import train_by_name
+        def train(
+            request: dict[str, Any], *, run_id: Any = None, ti: Any = None, outlet_events: Any = None
+        ) -> dict[str, Any]:
+            from ml.workflows.training_choice import train as workflow
 
             asked = {name: request.get(name) for name in ("dataset_id", "recipe", "retraining_id")}
-            asked["origin"] = f"{dag_id}/{run_id}"
-            result = attempt(lambda: train_by_name(settings_for(request), architecture, **asked))
+            asked |= {"origin": f"{dag_id}/{run_id}", "resume": "if there" if ti.try_number > 1 else "no"}
+            result = attempt(lambda: workflow(settings_for(request), architecture, **asked))
             outlet_events[candidate].extra = request | {"version": result["version"]}
             return result
 

@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     mlops_git_sha: str = ""
     """The commit of an image's code; it is asked only where the code lies in no repository."""
 
+    # Training.
+    keras_backend: Literal["tensorflow", "jax"] = "tensorflow"
+    """What Keras trains with: JAX where TensorFlow has no build for the accelerator."""
+    feature_cache_gib: float = Field(8, gt=0)
+    """Room on disk for outputs of frozen layers; the least recently used go first."""
+
     # Who may call the prediction server, and where everything listens.
     prediction_api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     api_keyless_hosts: Annotated[tuple[HostName, ...], NoDecode] = ()
@@ -113,6 +119,11 @@ class Settings(BaseSettings):
     def cache_dir(self) -> Path:
         """Downloads and models fetched from the registry; safe to delete."""
         return self.mlops_var_dir / "cache"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where trainings stand that are under way or were cut off; `--resume` goes on from them."""
+        return self.mlops_var_dir / "checkpoints"
 
     @property
     def database_url(self) -> str:

@@ -24,4 +24,6 @@ def build_baseline(spec: BaselineSpec) -> keras.Model:
     x = layers.Flatten(name="flatten")(x)
     x = layers.Dense(spec.dense_units, activation="relu", name="dense")(x)
     x = layers.Dropout(spec.dropout, name="dropout")(x)
-    return keras.Model(image, layers.Dense(NUM_CLASSES, activation="softmax", name="probabilities")(x), name="baseline")
+    # Summed in float32, whatever the layers before compute in.
+    probabilities = layers.Dense(NUM_CLASSES, activation="softmax", dtype="float32", name="probabilities")
+    return keras.Model(image, probabilities(x), name="baseline")

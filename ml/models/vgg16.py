@@ -1,7 +1,7 @@
 """VGG16 for 32x32 images: its own preprocessing, Keras' convolutional base, new dense layers.
 
 Owns the graph and the loading of weights into it; where a weights file comes from is `vgg16_weights`, and what is
-frozen when is `ml.training.fine_tuning`.
+frozen when is the recipe's.
 """
 
 import keras
@@ -12,14 +12,6 @@ from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
 from ml.models.specs import Vgg16Spec
 from ml.models.vgg16_weights import Weights, load_into
 
-BASE_LAYERS: tuple[str, ...] = tuple(
-    name
-    for block, convolutions in enumerate((2, 2, 3, 3, 3), start=1)
-    for name in (*(f"block{block}_conv{i}" for i in range(1, convolutions + 1)), f"block{block}_pool")
-)
-"""Names of the base's layers in order, as Keras gives them."""
-TOP_LAYERS: tuple[str, ...] = BASE_LAYERS[-4:]
-"""What stage 2 unfreezes: block5_conv1..3 and block5_pool."""
 IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)
 """Per-channel mean of ImageNet, blue first (keras.applications.imagenet_utils, mode "caffe")."""
 
@@ -33,12 +25,14 @@ def build_vgg16(spec: Vgg16Spec, weights: Weights) -> keras.Model:
     Raises:
         SourceError: the weights' file is not one of VGG16's base.
     """
-    base = keras.applications.VGG16(include_top=False, weights=None, input_shape=IMAGE_SHAPE)
+    base = keras.applications.VGG16(include_top=False, weights=None, input_shape=(spec.input_size, spec.input_size, 3))
     image = keras.Input(IMAGE_SHAPE, name="image", dtype="float32")
     preprocessing = _preprocessing()
     x = preprocessing(image)
-    for name in BASE_LAYERS:
-        x = base.get_layer(name)(x)
+    if spec.input_size != IMAGE_SHAPE[0]:
+        x = layers.UpSampling2D(spec.input_size // IMAGE_SHAPE[0], interpolation="bilinear", name="enlarge")(x)
+    for layer in base.layers[1:]:
+        x = layer(x)
     if weights.path is None:
         _initialise(base)
     else:
@@ -46,7 +40,9 @@ def build_vgg16(spec: Vgg16Spec, weights: Weights) -> keras.Model:
     x = layers.Flatten(name="flatten")(x)
     x = layers.Dense(spec.dense_units, activation="relu", kernel_initializer="he_normal", name="dense")(x)
     x = layers.Dropout(spec.dropout, name="dropout")(x)
-    model = keras.Model(image, layers.Dense(NUM_CLASSES, activation="softmax", name="probabilities")(x), name="vgg16")
+    # Summed in float32, whatever the layers before compute in.
+    probabilities = layers.Dense(NUM_CLASSES, activation="softmax", dtype="float32", name="probabilities")
+    model = keras.Model(image, probabilities(x), name="vgg16")
     preprocessing.set_weights(
         [np.eye(3, dtype=np.float32)[::-1].reshape(1, 1, 3, 3), -np.asarray(IMAGENET_MEAN_BGR, dtype=np.float32)]
     )

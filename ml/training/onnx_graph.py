@@ -91,6 +91,19 @@ def _rescaling(graph: _Graph, layer: layers.Rescaling) -> None:
         graph.add("Add", f"{layer.name}/shift", {"offset": np.asarray(layer.offset)})
 
 
+def _enlargement(graph: _Graph, layer: layers.UpSampling2D) -> None:
+    graph.turn(True, layer.name)
+    mode = {"bilinear": "linear", "nearest": "nearest"}[layer.interpolation]
+    # Of Resize's inputs the second, the region of interest, is left out.
+    graph.constants.append(numpy_helper.from_array(np.array([1, 1, *layer.size], np.float32), f"{layer.name}/scales"))
+    inputs, graph.last = [graph.last, "", f"{layer.name}/scales"], f"{layer.name}/out"
+    graph.nodes.append(
+        helper.make_node(
+            "Resize", inputs, [graph.last], layer.name, mode=mode, coordinate_transformation_mode="half_pixel"
+        )
+    )
+
+
 def _convolution(graph: _Graph, layer: layers.Conv2D) -> None:
     if layer.groups != 1 or layer.dilation_rate != (1, 1):
         raise _no_form(layer, "grouped or dilated convolutions")
@@ -170,6 +183,7 @@ def _no_form(layer: layers.Layer, what: str) -> ModelInvalid:
 
 _WRITERS: dict[type, Callable[[_Graph, Any], None]] = {
     layers.Rescaling: _rescaling,
+    layers.UpSampling2D: _enlargement,
     layers.Conv2D: _convolution,
     layers.BatchNormalization: _normalisation,
     layers.MaxPooling2D: _pooling,

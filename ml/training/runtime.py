@@ -1,22 +1,30 @@
-"""How TensorFlow runs in this process: seeds, threads, log noise. Nothing here knows of models or data."""
+"""How the backend runs in this process: seeds, threads, log noise. Nothing here knows of models or data."""
 
 import logging
 import os
 
 import keras
-import tensorflow as tf
 
 logger = logging.getLogger(__name__)
 
 
+def backend() -> str:
+    """What Keras computes with in this process: `tensorflow` or `jax`."""
+    return str(keras.backend.backend())
+
+
 def prepare(seed: int) -> None:
-    """Seeds Python, NumPy and TensorFlow, and gives TensorFlow as many threads as this process has cores.
+    """Seeds Python, NumPy and the backend, and gives TensorFlow as many threads as this process has cores.
 
     Left alone, TensorFlow counts the machine's cores, not those that a container or `taskset` leaves to the process.
     Threads can only be set before TensorFlow's first operation; a later call keeps those that run.
     """
-    tf.get_logger().setLevel(logging.ERROR)
     keras.utils.set_random_seed(seed)
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf  # noqa: PLC0415  # only where it is the backend
+
+    tf.get_logger().setLevel(logging.ERROR)
     cores = len(os.sched_getaffinity(0))
     if tf.config.threading.get_intra_op_parallelism_threads() != cores:
         try:

@@ -5,15 +5,19 @@ reference that monitoring will compare against, and registers. Whether the versi
 """
 
 import logging
+import resource
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from ml.datasets import store
 from ml.datasets.manifest import Manifest, Split
-from ml.errors import ConfigurationError
+from ml.errors import ConfigurationError, TrainingDiverged, TrainingError
 from ml.evaluation import plots
 from ml.evaluation.metrics import Metrics, evaluate
+from ml.evaluation.robustness import robustness
 from ml.models.vgg16_weights import Weights, resolve_weights
 from ml.monitoring.image_statistics import image_statistics
 from ml.monitoring.reference import write_reference
@@ -21,18 +25,36 @@ from ml.registry import packaging, tracking
 from ml.registry.versions import ModelVersion
 from ml.serving.engine import Engine
 from ml.settings import Settings
-from ml.training import fit
+from ml.training import fit, runtime
+from ml.training.checkpoint import Checkpoint, Position
 from ml.training.export import ExportedModel, export
-from ml.training.recipe import Recipe, load_recipe
+from ml.training.feature_cache import FeatureCache
+from ml.training.recipe import Recipe, load_recipe, refuse_unless_it_fits
 from ml.training.stages import StageHistory
 
 logger = logging.getLogger(__name__)
 
+Resume = Literal["no", "if there", "required"]
+
+_CORRUPTION_SEED = 0
+"""The same for every model: they are compared on the same corrupted images."""
+
 
 def train(
-    settings: Settings, architecture: str, dataset_id: str, recipe: Recipe, *, origin: str | None = None
+    settings: Settings,
+    architecture: str,
+    dataset_id: str,
+    recipe: Recipe,
+    *,
+    origin: str | None = None,
+    resume: Resume = "no",
+    tags: Mapping[str, str] | None = None,
+    register: bool = True,
 ) -> dict[str, object]:
     """Trains one model and registers it as a candidate.
+
+    After each epoch a checkpoint is written; a training that was cut off is resumed from there in the same MLflow run,
+    and comes to the figures of one that was not.
 
     Args:
         settings: where data and MLflow are, and which weights VGG16 starts from.
@@ -40,74 +62,109 @@ def train(
         dataset_id: of a stored dataset.
         recipe: `ml.training.recipe.load_recipe`, with overrides if any.
         origin: what asks for it, the same at every attempt; see `ml.registry.tracking.run`.
+        resume: `required`: go on from the checkpoint of this recipe, seed, dataset, weights and backend; `if there`
+            is one; `no`: start anew and forget it.
+        tags: more of them for the run.
+        register: whether to make a candidate of it; else it is a run, and nothing else.
 
     Returns:
-        {"architecture", "recipe", "name", "version", "run_id", "dataset_id", "data", "weights",
-        "validation_accuracy", "test_accuracy", "precision", "recall", "loss" (of the test split, macro means),
-        "test_n", "stages": [{"name", "epochs", "best_epoch", "validation_accuracy", "seconds"}], "seconds"}.
+        {"architecture", "recipe", "name", "version" (both None unless registered), "run_id", "dataset_id", "data",
+        "weights", "validation_accuracy", "test_accuracy", "precision", "recall", "loss" (of the test split, macro
+        means), "test_n", "corrupted_accuracy" (None unless the recipe asks for it), "stages": [{"name", "epochs",
+        "kept_epoch", "validation_accuracy", "seconds"}], "seconds"}.
 
     Raises:
-        ConfigurationError: the recipe is another architecture's.
+        ConfigurationError: the recipe is another architecture's, or cannot work on this dataset.
         DatasetNotFound, DatasetInvalid: there is no such dataset, or it was altered.
         SourceError: VGG16's weights are not there, cannot be fetched, or are not VGG16's.
         TrainingDiverged: the loss became NaN; the run is marked failed and nothing is registered.
+        TrainingError: a checkpoint is required and there is none, or it cannot be used.
+        StorageError: a checkpoint or cached features could not be written.
         RegistryUnavailable: MLflow could not be asked.
     """
+    began = time.monotonic()
     if recipe.architecture != architecture:
         raise ConfigurationError(
             f"Recipe {recipe.name!r} is for {recipe.architecture}, not for {architecture}.",
             fix=f"load one of {architecture}'s recipes.",
         )
     manifest = store.read_manifest(settings.data_url, dataset_id)
-    name, tags = f"{architecture}-{recipe.name}", _tags(manifest, recipe)
+    refuse_unless_it_fits(recipe, min(recipe.train_limit or manifest.counts["train"], manifest.counts["train"]))
+    weights = _weights(settings, architecture)
+    checkpoint, position = _checkpoint(settings, recipe, dataset_id, weights, resume)
+    all_tags = _tags(manifest, recipe, weights) | dict(tags or {})
     with (
-        tracking.run(settings, name, tags=tags, seed=recipe.seed, origin=origin) as run,
+        tracking.run(
+            settings,
+            f"{architecture}-{recipe.name}",
+            tags=all_tags,
+            seed=recipe.seed,
+            origin=origin,
+            run_id=position.run_id or None,
+        ) as run,
         tempfile.TemporaryDirectory(prefix="train-") as scratch,
     ):
         folder = Path(scratch)
-        run.log_dataset(manifest)
-        run.log_params(recipe.model_dump(mode="json"))
-        run.log_dict(recipe.model_dump(mode="json"), "recipe.json")
+        position.run_id = run.id
+        _log_request(run, manifest, recipe)
         splits = _load(settings, dataset_id, recipe)
         run.log_params({f"images.{split}": len(content.labels) for split, content in splits.items()})
-        weights = _weights(settings, architecture)
-        trained = fit.train(
-            recipe,
-            splits["train"],
-            splits["validation"],
-            weights,
-            on_epoch=lambda stage, epoch, figures: run.log_metrics(
-                {f"{stage}/{key}": value for key, value in figures.items()}, step=epoch
-            ),
-        )
-        run.log_tags({"weights": trained.weights, "weights.sha256": (weights.sha256 if weights else None) or "none"})
+        try:
+            trained = fit.train(
+                recipe,
+                splits["train"],
+                splits["validation"],
+                weights,
+                on_epoch=lambda stage, epoch, figures: run.log_metrics(
+                    {f"{stage}/{key}": value for key, value in figures.items()}, step=epoch
+                ),
+                features=FeatureCache(settings.cache_dir / "features", int(settings.feature_cache_gib * 2**30)),
+                checkpoint=checkpoint,
+                position=position,
+            )
+        except TrainingDiverged:
+            checkpoint.clear()  # resumed, it would diverge again
+            raise
         exported = export(trained.model, folder / "model", splits["validation"].images[:256])
         validation, test, reference = _measure(exported, splits, folder)
         figures = {
             **{f"validation_{key}": value for key, value in validation.scalars().items()},
             **{f"test_{key}": value for key, value in test.scalars().items()},
         }
-        run.log_metrics({**figures, "fit_seconds": trained.seconds, "export_difference": exported.max_difference})
+        corrupted = _measure_corrupted(settings, exported, dataset_id, recipe, run)
         _log_evidence(
             run, trained.stages, validation, test, folder=folder / "evidence", title=f"{architecture}, {recipe.name}"
         )
-        version: ModelVersion = packaging.register(
-            run,
-            exported=exported,
-            metrics=figures,
-            recipe=recipe.model_dump(mode="json"),
-            manifest=manifest,
-            weights=trained.weights,
-            reference=reference,
-            input_example=splits["validation"].images[:2],
-            data=manifest.data,
-            architecture=architecture,
+        run.log_metrics(
+            {
+                **figures,
+                **(corrupted or {}),
+                "fit_seconds": sum(stage.seconds for stage in trained.stages),
+                "wall_seconds": time.monotonic() - began,
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "export_difference": exported.max_difference,
+            }
         )
+        version: ModelVersion | None = None
+        if register:
+            version = packaging.register(
+                run,
+                exported=exported,
+                metrics=figures,
+                recipe=recipe.model_dump(mode="json"),
+                manifest=manifest,
+                weights=trained.weights,
+                reference=reference,
+                input_example=splits["validation"].images[:2],
+                data=manifest.data,
+                architecture=architecture,
+            )
+        checkpoint.clear()
         return {
             "architecture": architecture,
             "recipe": recipe.name,
-            "name": version.name,
-            "version": version.version,
+            "name": version.name if version else None,
+            "version": version.version if version else None,
             "run_id": run.id,
             "dataset_id": dataset_id,
             "data": manifest.data,
@@ -118,6 +175,7 @@ def train(
             "recall": test.recall,
             "loss": test.loss,
             "test_n": test.n,
+            "corrupted_accuracy": corrupted["test_corrupted_accuracy"] if corrupted else None,
             "stages": [_summary(stage) for stage in trained.stages],
             "seconds": round(trained.seconds, 1),
         }
@@ -130,9 +188,11 @@ def train_by_name(
     dataset_id: str,
     recipe: str,
     retraining_id: int | None = None,
+    seed: int | None = None,
     origin: str | None = None,
+    resume: Resume = "no",
 ) -> dict[str, object]:
-    """`train` by a recipe's name, as `ml.workflows.training_choice.choose` gives it.
+    """`train` by a recipe's name, as `ml.workflows.training_choice.choose` gives it; `seed` None is the recipe's.
 
     A retraining adds its id to the recipe's seed: by the same seed on the same data it would only make the same model
     again. Tried again, it makes what it would have made before.
@@ -142,12 +202,83 @@ def train_by_name(
         As `train`.
     """
     chosen = load_recipe(architecture, recipe)
-    seeded = chosen.with_overrides(seed=chosen.seed + (retraining_id or 0))
-    return train(settings, architecture, dataset_id, seeded, origin=origin)
+    seeded = chosen.with_overrides({"seed": (chosen.seed if seed is None else seed) + (retraining_id or 0)})
+    return train(settings, architecture, dataset_id, seeded, origin=origin, resume=resume)
 
 
-def _tags(manifest: Manifest, recipe: Recipe) -> dict[str, str]:
-    return {"architecture": recipe.architecture, "recipe": recipe.name, "data": manifest.data}
+def _tags(manifest: Manifest, recipe: Recipe, weights: Weights | None) -> dict[str, str]:
+    return {
+        "architecture": recipe.architecture,
+        "recipe": recipe.name,
+        "recipe.digest": recipe.digest,
+        "data": manifest.data,
+        "weights": weights.label if weights else "from scratch",
+        "weights.sha256": (weights.sha256 if weights else None) or "none",
+        "keras.backend": runtime.backend(),
+        "command": _command(recipe, weights),
+    }
+
+
+def _command(recipe: Recipe, weights: Weights | None) -> str:
+    """What a person types for this training; a recipe that is no file as it stands has no such line."""
+    try:
+        written = load_recipe(recipe.architecture, recipe.name)
+    except ConfigurationError:
+        return "cifar10 reproduce"
+    if written.digest != recipe.digest:
+        return "cifar10 reproduce"
+    which = ""
+    if weights is not None:
+        # Of a file its name alone: where it lies on this machine helps nobody elsewhere.
+        which = f"VGG16_WEIGHTS={weights.path.name if weights.kind == 'file' and weights.path else weights.kind} "
+    seed = "" if recipe.seed == written.seed else f" --seed {recipe.seed}"
+    return f"{which}cifar10 train {recipe.architecture} --recipe {recipe.name}{seed}"
+
+
+def _checkpoint(
+    settings: Settings, recipe: Recipe, dataset_id: str, weights: Weights | None, resume: Resume
+) -> tuple[Checkpoint, Position]:
+    """The training's checkpoint, and the position to start from."""
+    identity = fit.identity_of(recipe, dataset_id, weights, runtime.backend())
+    checkpoint = Checkpoint(settings.checkpoints_dir, identity)
+    fresh = Position(run_id="")
+    if resume == "no":
+        if checkpoint.path.exists():
+            logger.info("forgetting the checkpoint of an earlier training that was cut off (--resume goes on from it)")
+            checkpoint.clear()
+        return checkpoint, fresh
+    position = checkpoint.load()
+    if position is None and resume == "required":
+        raise TrainingError(
+            f"There is no checkpoint of recipe {recipe.name!r} (seed {recipe.seed}) on {dataset_id} to resume from.",
+            fix="train from the start, or name the recipe, seed, dataset and weights of the training that was cut off.",
+        )
+    return checkpoint, position or fresh
+
+
+def _log_request(run: tracking.Run, manifest: Manifest, recipe: Recipe) -> None:
+    run.log_dataset(manifest)
+    content = recipe.model_dump(mode="json")
+    run.log_dict(content, "recipe.json")
+    stages = {stage.pop("name"): stage for stage in content.pop("stages")}
+    run.log_params({**content, "stages": stages})
+
+
+def _measure_corrupted(
+    settings: Settings, exported: ExportedModel, dataset_id: str, recipe: Recipe, run: tracking.Run
+) -> dict[str, float] | None:
+    """Mean accuracy on CIFAR-10-C, on as many test images per cell as the recipe says; None where it says none."""
+    if recipe.corrupted_limit is None:
+        return None
+    few = store.load_split(settings.data_url, dataset_id, "test", recipe.corrupted_limit)
+    found = robustness(Engine(exported.onnx).predict, few.images, few.labels, seed=_CORRUPTION_SEED)
+    run.log_dict(found.as_dict(), "robustness.json")
+    logger.info("CIFAR-10-C: mean accuracy %.4f on %d images a cell", found.mean_accuracy, len(few.labels))
+    return {
+        "test_corrupted_accuracy": found.mean_accuracy,
+        "test_corrupted_accuracy_low": found.mean_accuracy_low,
+        "test_corrupted_accuracy_high": found.mean_accuracy_high,
+    }
 
 
 def _load(settings: Settings, dataset_id: str, recipe: Recipe) -> dict[str, Split]:
@@ -206,9 +337,10 @@ def _summary(stage: StageHistory) -> dict[str, object]:
     return {
         "name": stage.name,
         "epochs": len(stage.epochs),
-        "best_epoch": stage.best_epoch,
-        "validation_accuracy": stage.epochs[stage.best_epoch]["val_accuracy"],
+        "kept_epoch": stage.kept_epoch,
+        "validation_accuracy": stage.epochs[stage.kept_epoch]["val_accuracy"],
         "seconds": round(stage.seconds, 1),
         "learning_rate": stage.learning_rate,
         "trainable_parameters": stage.trainable_parameters,
+        "cached_from": stage.cached_from,
     }

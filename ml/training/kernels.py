@@ -1,0 +1,119 @@
+"""The same layers, computed faster: wrappers that share a layer's variables and give what it gives.
+
+What Keras calls on TensorFlow is not always what a CPU does best. Measured on two cores (`make bench-train`):
+
+- Batch normalisation: Keras 3 writes it as a dozen small operations, each a pass over the activations; TensorFlow has
+  one fused kernel for it, forward and backward. A third of the baseline's step.
+- 3x3 convolutions of 2x2 images (VGG16's block 5 at 32 pixels): 20 of the 36 products are with padding, and the
+  convolution's kernels are made for large images. As one matrix product per output pixel nothing is wasted, and XLA,
+  whose CPU convolutions are many times slower than oneDNN's, can compile the whole step: Adam's dozen passes over
+  7 million moments become one.
+- XLA therefore pays where no convolution is left, and costs a factor of five where one is; Keras' `jit_compile="auto"`
+  takes it always.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+
+def follow(steps: list[layers.Layer], x: Any) -> Any:
+    """The output of the layers one after the other on `x`, each in its fastest form."""
+    for layer in steps:
+        x = _fastest(layer, x.shape)(x)
+    return x
+
+
+def worth_compiling(steps: list[layers.Layer], shape: tuple[int | None, ...]) -> bool:
+    """Whether XLA makes a step over these layers faster, on this backend and device.
+
+    JAX is XLA; on an accelerator XLA's convolutions are the vendor's; on a CPU see above.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return True
+    import tensorflow as tf  # noqa: PLC0415  # only where it is the backend
+
+    if tf.config.list_physical_devices("GPU"):
+        return True
+    for layer in steps:
+        if isinstance(layer, layers.Conv2D) and not _is_tiny(layer, shape):
+            return False
+        shape = layer.compute_output_shape(shape)
+    return True
+
+
+def _fastest(layer: layers.Layer, shape: tuple[int | None, ...]) -> layers.Layer:
+    if isinstance(layer, layers.Conv2D) and _is_tiny(layer, shape):
+        return TinyConvolution(layer)
+    if type(layer) is layers.BatchNormalization and keras.backend.backend() == "tensorflow" and len(shape) == 4:
+        return FusedBatchNormalization(layer)
+    return layer
+
+
+def _is_tiny(layer: layers.Conv2D, shape: tuple[int | None, ...]) -> bool:
+    plain = layer.strides == (1, 1) and layer.dilation_rate == (1, 1) and layer.groups == 1
+    return plain and layer.padding == "same" and layer.kernel_size == (3, 3) and tuple(shape[1:3]) == (2, 2)
+
+
+class _Shared(layers.Layer):  # type: ignore[misc]  # keras is untyped
+    """A layer that computes with another one's variables."""
+
+    def __init__(self, layer: layers.Layer) -> None:
+        super().__init__(dtype=layer.dtype_policy, name=f"fast_{layer.name}")
+        self.layer = layer
+        self.built = True
+
+    def compute_output_shape(self, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """As the layer's."""
+        return tuple(self.layer.compute_output_shape(shape))
+
+
+class TinyConvolution(_Shared):
+    """A 3x3 convolution, padded to the same size, of 2x2 images: (n, 2, 2, c) -> (n, 2, 2, filters).
+
+    Every output pixel sees all four input pixels, each through one of the kernel's nine taps: output (i, j) is the
+    flattened image times the 2x2 window of the kernel that starts at (1 - i, 1 - j).
+    """
+
+    def call(self, x: Any) -> Any:
+        """x: (n, 2, 2, c)."""
+        channels, filters = x.shape[-1], self.layer.filters
+        kernel = ops.cast(self.layer.kernel, self.compute_dtype)
+        flat = ops.reshape(x, (-1, 4 * channels))
+        pixels = [
+            ops.matmul(flat, ops.reshape(kernel[1 - i : 3 - i, 1 - j : 3 - j], (4 * channels, filters)))
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        y = ops.reshape(ops.concatenate(pixels, axis=-1), (-1, 2, 2, filters))
+        if self.layer.use_bias:
+            y = y + ops.cast(self.layer.bias, self.compute_dtype)
+        return self.layer.activation(y)
+
+
+class FusedBatchNormalization(_Shared):
+    """Batch normalisation over the last axis of (n, h, w, c) by TensorFlow's fused kernel, while it trains.
+
+    The moving variance takes the batch's unbiased variance, as the kernel gives it (and as PyTorch does); Keras' own
+    takes the biased one. They differ by 1 / (n h w).
+    """
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        """x: (n, h, w, c)."""
+        norm = self.layer
+        if not (training and norm.trainable and norm.scale and norm.center):
+            return norm(x, training=training)
+        import tensorflow as tf  # noqa: PLC0415  # made only where it is the backend
+
+        y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            x,
+            tf.convert_to_tensor(norm.gamma.value),
+            tf.convert_to_tensor(norm.beta.value),
+            epsilon=norm.epsilon,
+            is_training=True,
+        )
+        for moving, found in ((norm.moving_mean, mean), (norm.moving_variance, variance)):
+            moving.assign(moving * norm.momentum + found * np.float32(1 - norm.momentum))
+        return y
