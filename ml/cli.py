@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 # TensorFlow reads it once, when it is imported; its start-up messages are no progress.
@@ -150,6 +151,60 @@ def train(
         return train_by_name(settings, architecture.value, dataset_id=chosen["dataset_id"], recipe=chosen["recipe"])
 
     _run(work, as_json=as_json)
+
+
+@app.command()
+def reproduce(
+    run_id: Annotated[str, typer.Argument(help="The MLflow run of a finished training.")],
+    as_json: AsJson = False,
+) -> None:
+    """Train a finished run again, by its own recipe on its own data, and see that every figure comes out the same."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows import reproduce as workflow
+
+        original = workflow.original(settings, run_id)
+        from ml.workflows.training_choice import use_backend
+
+        use_backend(settings.keras_backend)
+        # After what can be refused at once: these import Keras, which takes ten seconds.
+        from ml.models.vgg16_weights import resolve_weights
+        from ml.workflows.train import train
+
+        return workflow.reproduce(settings, original, train=train, resolve_weights=resolve_weights)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def results(
+    output: Annotated[
+        Path | None, typer.Option(help="The page to write; docs/results.md of the project where none is given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the page of results from the training runs in MLflow."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows import results as workflow
+
+        return workflow.results(settings, output or workflow.PAGE)
+
+    _run(work, as_json=as_json, show=_print_results)
+
+
+def _print_results(found: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("model", "recipe", "weights", "data", "runs", "test accuracy")
+    for row in found["rows"]:
+        accuracy = "" if row["test"] is None else f"{row['test']['accuracy']:.4f}"
+        words = [row[key] for key in ("architecture", "recipe", "weights", "data")]
+        table.add_row(*words, str(len(row["runs"])), accuracy)
+    console.print(table)
+    for target in found["targets"]:
+        what = f"{target['architecture']} {target['recipe']}, test accuracy >= {target['bound']}"
+        console.print(f"{what}: {target['verdict']}", markup=False, highlight=False)
+    console.print(f"Written to {found['path']}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-COMMANDS = ["ingest", "train", "promote", "rollback", "monitor", "migrate", "status", "up", "down", "demo"]
+COMMANDS = [
+    *("ingest", "train", "reproduce", "results", "promote", "rollback", "monitor", "migrate"),
+    *("status", "up", "down", "demo"),
+]
 
 
 @pytest.fixture
@@ -88,6 +91,15 @@ def test_the_registry_away_is_could_not_ask(cifar10):
     done = cifar10("rollback", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["type"] == "RegistryUnavailable"
+
+
+def test_results_and_reproductions_ask_mlflow_before_they_write_or_train(cifar10, tmp_path):
+    for arguments in (["results", "--output", str(tmp_path / "results.md")], ["reproduce", "0" * 32]):
+        done = cifar10(*arguments, "--json", PYTHONPROFILEIMPORTTIME="1")
+        assert done.returncode == 1
+        assert json.loads(done.stdout)["error"]["type"] == "RegistryUnavailable"
+        assert not [line for line in done.stderr.splitlines() if re.search(r"\| +(tensorflow|keras)$", line)]
+    assert not (tmp_path / "results.md").exists()
 
 
 def test_a_migration_needs_neither_tensorflow_nor_the_local_stacks_postgresql(cifar10):
