@@ -286,26 +286,29 @@ def _replace(content: dict[str, Any], key: str, value: object, origin: str) -> N
     *parents, last = key.split(".")
     place: Any = content
     for part in parents:
-        if isinstance(place, list):
-            stages = {stage["name"]: stage for stage in place}
-            if part not in stages:
-                raise ConfigurationError(
-                    f"{origin}: there is no stage {part!r}{_nearest(part, list(stages))}.",
-                    fix=f"use one of {', '.join(stages)}.",
-                )
-            place = stages[part]
-        elif isinstance(place.get(part), dict | list):
-            place = place[part]
-        else:
+        inside = _entries(place)
+        if place is content.get("stages") and part not in inside:
             raise ConfigurationError(
-                f"{origin}: unknown key {key!r}{_nearest(part, list(place))}.", fix="use a key of the recipe."
+                f"{origin}: there is no stage {part!r}{_nearest(part, list(inside))}.",
+                fix=f"use one of {', '.join(inside)}.",
             )
-    if isinstance(place, list) or last not in place:
-        known = [stage["name"] for stage in place] if isinstance(place, list) else list(place)
+        if not isinstance(inside.get(part), dict | list):
+            raise ConfigurationError(
+                f"{origin}: unknown key {key!r}{_nearest(part, list(inside))}.", fix="use a key of the recipe."
+            )
+        place = inside[part]
+    if not isinstance(place, dict) or last not in place:
         raise ConfigurationError(
-            f"{origin}: unknown key {key!r}{_nearest(last, known)}.", fix="use a key of the recipe."
+            f"{origin}: unknown key {key!r}{_nearest(last, list(_entries(place)))}.", fix="use a key of the recipe."
         )
     place[last] = value
+
+
+def _entries(place: Any) -> dict[str, Any]:
+    """What a dotted key may go on to: a table's keys, or the stages by their names; nothing in a list of numbers."""
+    if isinstance(place, dict):
+        return place
+    return {part["name"]: part for part in place if isinstance(part, dict) and isinstance(part.get("name"), str)}
 
 
 _PARTS: dict[str, type[BaseModel]] = {"stages": Stage, "optimizer": Optimizer, "augmentation": Augmentation}
