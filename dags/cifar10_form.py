@@ -4,14 +4,18 @@ from pathlib import Path
 
 from airflow.sdk import Param
 
-RECIPES = sorted({path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*/*.toml")})
+from dags.cifar10_shared import TRAINERS
+
+RECIPES_DIR = Path(__file__).parent.parent / "recipes"
+# By architecture: recipes/sweeps has searches, which cannot be trained by.
+RECIPES = sorted({path.stem for name in TRAINERS for path in (RECIPES_DIR / name).glob("*.toml")})
 
 RECIPE = Param(
     None,
     type=["null", "string"],
     enum=[None, *RECIPES],
     title="Recipe",
-    description="How to train (recipes/*/*.toml). Empty: what the triggering run asked for, else `report`.",
+    description="How to train (of recipes/). Empty: what the triggering run asked for, else `report`.",
 )
 DATASET_ID = Param(
     None, type=["null", "string"], title="Dataset id", description="Empty: the triggering run's, else the newest."

@@ -208,6 +208,27 @@ def _print_results(found: dict[str, Any]) -> None:
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe's file that says what to search, as recipes/sweeps/baseline.toml does.")
+    ],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Bring so many trials to an end in all, instead of the file's number.")
+    ] = None,
+    dataset: DatasetId = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search for better hyperparameters; run again after an interruption, it goes on where it was."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.sweep import sweep as workflow
+
+        return workflow(settings, recipe, dataset_id=dataset, trials=trials)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
 def promote(
     dataset: DatasetId = None,
     test_limit: Annotated[int | None, typer.Option(min=1, help="Judge on so many test images instead of all.")] = None,

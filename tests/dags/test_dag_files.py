@@ -99,6 +99,17 @@ def test_the_trigger_form_refuses_what_cannot_work(dag_bag, dag_id, name, wrong)
         params[name] = wrong
 
 
+def test_the_form_offers_every_recipe_that_can_be_trained_by_and_no_search(dag_bag):
+    from dags.cifar10_shared import TRAINERS as BY_ARCHITECTURE
+    from ml.training.recipe import RECIPES_DIR, available_recipes
+
+    offered = {name for name in dag_bag.dags["cifar10_ingest"].params.get_param("recipe").schema["enum"] if name}
+    assert offered == {name for architecture in BY_ARCHITECTURE for name in available_recipes(architecture)}
+    searches = {path.stem for path in (RECIPES_DIR / "sweeps").glob("*.toml")}
+    assert searches
+    assert searches.isdisjoint(offered)
+
+
 def test_the_monitor_retrains_the_architecture_it_watched(dag_bag):
     from dags.cifar10_shared import TRAINERS as BY_ARCHITECTURE
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,14 @@ def test_every_command_explains_itself(cifar10, command):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nosuch"], ["train", "resnet"], ["ingest", "--nosuch"], ["promote", "--test-limit", "0"]]
+    "arguments",
+    [
+        ["nosuch"],
+        ["train", "resnet"],
+        ["ingest", "--nosuch"],
+        ["promote", "--test-limit", "0"],
+        ["sweep", "x", "--trials", "0"],
+    ],
 )
 def test_bad_usage_exits_with_2(cifar10, arguments):
     done = cifar10(*arguments)
@@ -80,6 +88,24 @@ def test_an_unknown_recipe_is_refused_naming_those_there_are(cifar10):
     assert done.returncode == 2
     error = json.loads(done.stdout)["error"]
     assert "report" in error["message"] + error["fix"]
+
+
+def test_a_search_that_cannot_work_is_refused_before_anything_else(cifar10, tmp_path):
+    file = tmp_path / "wrong.toml"
+    shipped = Path("recipes/sweeps/baseline.toml").read_text()
+    file.write_text(shipped.replace('"model.dropout"', '"model.dropuot"'))
+    done = cifar10("sweep", str(file), "--json")
+    assert done.returncode == 2
+    assert "did you mean 'model.dropout'" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_a_search_without_a_registry_says_so_before_tensorflow_is_imported(cifar10):
+    cifar10("ingest", "--no-explore", "--no-csv", "--json")
+    done = cifar10("sweep", "recipes/sweeps/baseline.toml", "--json", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["type"] == "RegistryUnavailable"
+    assert "optuna" in done.stderr
+    assert not [line for line in done.stderr.splitlines() if re.search(r"\| +tensorflow", line)]
 
 
 def test_without_a_stack_status_says_down_and_down_is_no_error(cifar10):
