@@ -31,8 +31,6 @@ CLAIMS: Mapping[tuple[str, str], str] = {
 }
 """What the original report says, by architecture and recipe; it has no recipe `best`."""
 
-_PRETRAINED_PART = "_base"
-"""How the name of an architecture ends that is trained to be started from, not to be served."""
 _NOTHING = "–"
 
 
@@ -102,13 +100,30 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
+class Pretrained:
+    """One finished run that made weights to start from. Empty and None as in `Trained`."""
+
+    run_id: str
+    started_at: datetime
+    recipe: str
+    data: str
+    dataset_id: str
+    validation_accuracy: float | None
+    wall_seconds: float | None
+    sha256: str
+    """Of the weights' file, by which the runs that started from it are found."""
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """Runs that differ in nothing but their seed, newest first, and the evidence of the newest."""
 
     runs: tuple[Trained, ...]
     evidence: Evidence = Evidence()
     is_current: bool | None = True
-    """Whether the recipe of that name still is what these runs were made by; None where there is no such recipe."""
+    """Whether the recipe of that name, as it is now, is what these runs were made by: it may have changed since, or
+    been overridden. None where there is no recipe of that name."""
     reproductions: tuple[Trained, ...] = ()
 
     @property
@@ -199,9 +214,11 @@ def main_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def missing(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """The expected rows that no run on CIFAR-10 fills: architecture, recipe, weights."""
+    """The expected rows that no run on CIFAR-10, by the recipe as it is now, fills: architecture, recipe, weights."""
     there = {
-        (row.newest.architecture, row.newest.recipe, row.newest.weights) for row in rows if row.newest.data == REAL_DATA
+        (row.newest.architecture, row.newest.recipe, row.newest.weights)
+        for row in rows
+        if row.newest.data == REAL_DATA and row.is_current
     }
     return [expected for expected in EXPECTED if expected not in there]
 
@@ -209,49 +226,46 @@ def missing(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 def judge(target: Target, rows: Sequence[Row]) -> tuple[str, str]:
     """What was reached (text) and the verdict: `holds`, `does not hold`, or `not run` with the reason.
 
-    Judged is the mean over the seeds, of the recipe as it is now if that was run. A run on other data or with other
-    weights never counts: the target stays what it is, and is said not to have been run.
+    Judged is the mean over the seeds. A run on other data, with other weights or by another form of the recipe never
+    counts: the target stays what it is, and is said not to have been run.
     """
     of_recipe = [row for row in rows if (row.newest.architecture, row.newest.recipe) == (target.architecture, "best")]
-    fitting = [
-        row
-        for row in of_recipe
-        if row.newest.data == REAL_DATA and row.newest.weights == target.weights and row.accuracies
-    ]
+    fitting = [row for row in of_recipe if row.accuracies and not _unfit(target, row)]
     if not fitting:
-        return _NOTHING, f"not run: {_why_not(target, of_recipe)}"
-    row = max(fitting, key=lambda row: (row.is_current is True, row.newest.started_at))
+        reasons = [reason for row in of_recipe for reason in _unfit(target, row)]
+        command = f"`{_command(target.architecture, 'best', target.weights)}`"
+        return _NOTHING, "not run: " + "; ".join([*dict.fromkeys(reasons), command])
+    row = max(fitting, key=lambda row: row.newest.started_at)
     reached = fmean(row.accuracies)
     runs = len(row.accuracies)
     spread = f"mean of {runs} runs, {min(row.accuracies):.4f} to {max(row.accuracies):.4f}" if runs > 1 else "one run"
     test = row.evidence.test
     n = f", n = {test.n}" if test else ""
-    stale = "; the recipe has changed since" if row.is_current is False else ""
-    return f"{reached:.4f} ({spread}{n})", ("holds" if reached >= target.bound else "does not hold") + stale
+    return f"{reached:.4f} ({spread}{n})", "holds" if reached >= target.bound else "does not hold"
 
 
-def _why_not(target: Target, rows: Sequence[Row]) -> str:
-    command = f"`{_command(target.architecture, 'best', target.weights)}`"
-    reasons = []
-    for run in (row.newest for row in rows):
-        if run.weights != target.weights:
-            needed = "ImageNet weights" if target.weights == IMAGENET else f"weights: {target.weights}"
-            reasons.append(f"needs {needed}; this row used {_loud(run.weights)}")
-        if run.data != REAL_DATA:
-            reasons.append(f"needs CIFAR-10; this row used {_loud(run.data)} data")
-    return "; ".join([*dict.fromkeys(reasons), command])
+def _unfit(target: Target, row: Row) -> list[str]:
+    """Why a row says nothing of the target; empty where it does."""
+    run, reasons = row.newest, []
+    if run.weights != target.weights:
+        needed = "ImageNet weights" if target.weights == IMAGENET else f"weights: {target.weights}"
+        reasons.append(f"needs {needed}; this row used {_loud(run.weights)}")
+    if run.data != REAL_DATA:
+        reasons.append(f"needs CIFAR-10; this row used {_loud(run.data)} data")
+    if not row.is_current:
+        reasons.append(f"needs the recipe as it is now; this row used another form of it ({run.digest or 'unknown'})")
+    return reasons
 
 
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[Row], pretraining: Sequence[Pretrained] = ()) -> str:
     """The page, in Markdown.
 
     Args:
         rows: of `group`, each with its evidence and whether its recipe is current.
+        pretraining: in the order in which they are to stand.
     """
     main = main_rows(rows)
     others = [row for row in rows if row not in main]
-    pretraining = [row for row in others if row.newest.architecture.endswith(_PRETRAINED_PART)]
-    rest = [row for row in others if row not in pretraining]
     parts = [
         _HEADER,
         *_warnings(rows),
@@ -268,12 +282,16 @@ def render(rows: Sequence[Row]) -> str:
         _seed_table(main),
     ]
     if pretraining:
-        parts += ["## Pretraining", _short_table(pretraining)]
-    if rest:
+        parts += [
+            "## Pretraining",
+            "Weights that VGG16 was given to start from, in place of ImageNet's. A run that did names their digest.",
+            _pretraining_table(pretraining),
+        ]
+    if others:
         parts += [
             "## Other runs",
-            "Recipes that are no files, and earlier forms of those above: what was overridden, or has changed since.",
-            _short_table(rest),
+            "Recipes that are no files, and other forms of those above: what was overridden, or has changed since.",
+            _short_table(others),
         ]
     parts.append("## Each row in detail")
     for row in main:
@@ -375,6 +393,18 @@ def _short_table(rows: Sequence[Row]) -> str:
     return _table(("model", "recipe's digest", "runs", "test accuracy of the newest", "its run"), lines)
 
 
+def _pretraining_table(runs: Sequence[Pretrained]) -> str:
+    header = ("recipe", "data", "validation accuracy", "wall time", "weights, SHA-256", "command", "run")
+    lines = [
+        (
+            *(f"`{run.recipe}`", f"{_loud(run.data)} `{run.dataset_id}`", _figure(run.validation_accuracy)),
+            *(_duration(run.wall_seconds), f"`{run.sha256[:12]}`", f"`{run.command}`", f"`{run.run_id}`"),
+        )
+        for run in runs
+    ]
+    return _table(header, lines)
+
+
 def _detail(row: Row) -> list[str]:
     run, test, corrupted = row.newest, row.evidence.test, row.evidence.robustness
     counts = ", ".join(f"{split} {n}" for split, n in run.images.items()) or "not recorded"
@@ -384,7 +414,11 @@ def _detail(row: Row) -> list[str]:
         "Data": f"{_loud(run.data)}, dataset `{run.dataset_id}` ({counts} images)",
         "Weights at the start": _loud(run.weights),
         "Recipe": f"`{run.recipe}`, digest `{run.digest or 'not recorded'}`"
-        + (" (**the recipe has changed since**)" if row.is_current is False else ""),
+        + (
+            " (**not the recipe as it is now: it has changed since, or was overridden**)"
+            if row.is_current is False
+            else ""
+        ),
         "Code": _code(run),
         "Hardware": run.hardware or "not recorded",
         "Backend": run.backend or "not recorded",
@@ -419,7 +453,7 @@ def _label(row: Row) -> str:
     if run.data != REAL_DATA:
         words.append(f"{_loud(run.data)} data")
     if row.is_current is False:
-        words.append("recipe changed since")
+        words.append("another form of the recipe")
     return ", ".join(words)
 
 

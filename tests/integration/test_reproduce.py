@@ -164,3 +164,22 @@ def test_what_cannot_be_trained_again_is_refused_at_once(here, client, settings)
         old.log_dict({"name": "old", "architecture": "baseline", "epochs": 3}, "recipe.json")
     with pytest.raises(ConfigurationError, match=f"recipe.json of run {old.id}"):
         original(here, old.id)
+
+
+def test_a_real_training_comes_out_the_same_digit_for_digit(here, client):
+    from ml.models.vgg16_weights import resolve_weights
+    from ml.workflows.train import train
+
+    small = {
+        "stages.fit.epochs": 2, "train_limit": 300, "validation_limit": 60, "test_limit": 80,
+        "model.filters": [8], "augmentation.flip": True, "augmentation.shift": 2, "corrupted_limit": 10,
+    }  # fmt: skip
+    recipe = load_recipe("baseline", "demo").with_overrides(small)
+    dataset_id = small_dataset(here, train=1000, test=100).dataset_id
+    run_id = str(train(here, "baseline", dataset_id, recipe)["run_id"])
+    versions = len(client.search_model_versions(f"run_id = '{run_id}'"))
+    found = reproduce(here, original(here, run_id), train=train, resolve_weights=resolve_weights)
+    assert (found["same"], found["environment"]) == (True, [])
+    assert found["compared"] > 20
+    assert versions == 1
+    assert not client.search_model_versions(f"run_id = '{found['reproduction_run_id']}'")

@@ -37,6 +37,10 @@ def experiment(request):
     return f"results-{request.node.name}"
 
 
+def experiments(name):
+    return {"experiment": name, "pretraining_experiment": f"{name}-pretraining"}
+
+
 def train(here, experiment, recipe="report", seed=20, **changes):
     made_by = load_recipe("baseline", recipe)
     tags = {
@@ -59,7 +63,7 @@ def test_the_page_says_what_mlflow_holds(here, experiment, tmp_path):
     train(here, experiment, "demo")
     again = train(here, experiment, reproduces=first, reproduction="same")
     page = tmp_path / "docs" / "results.md"
-    found = results(here, page, experiment=experiment)
+    found = results(here, page, **experiments(experiment))
     assert json.loads(json.dumps(found)) == found
     (row,) = found["rows"]
     assert [run["run_id"] for run in row["runs"]] == [second, first]
@@ -80,12 +84,12 @@ def test_the_page_says_what_mlflow_holds(here, experiment, tmp_path):
         "(train 45000, test 100 images)",
     ):
         assert words in text
-    assert results(here, page, experiment=experiment)["rows"] == found["rows"]
+    assert results(here, page, **experiments(experiment))["rows"] == found["rows"]
     assert page.read_text() == text
 
 
 def test_without_runs_there_is_a_page_that_says_so(here, experiment, tmp_path):
-    found = results(here, tmp_path / "results.md", experiment=experiment)
+    found = results(here, tmp_path / "results.md", **experiments(experiment))
     assert found["rows"] == []
     assert "**not run yet**" in (tmp_path / "results.md").read_text()
 
@@ -93,9 +97,11 @@ def test_without_runs_there_is_a_page_that_says_so(here, experiment, tmp_path):
 def test_a_run_of_another_layout_has_a_row_without_figures(here, experiment, tmp_path):
     run_id = train(here, experiment, **{"recipe.digest": "of a recipe that has changed"})
     client = MlflowClient(here.tracking_uri)
+    (tmp_path / "recipe.json").write_text('{"name": "report", "architecture": "baseline", "epochs": 10}')
+    client.log_artifact(run_id, str(tmp_path / "recipe.json"))
     (tmp_path / "metrics.json").write_text('{"test": {"accuracy": 0.5}}')
     client.log_artifact(run_id, str(tmp_path / "metrics.json"))
-    found = results(here, tmp_path / "results.md", experiment=experiment)
+    found = results(here, tmp_path / "results.md", **experiments(experiment))
     assert [(row["test"], row["recipe_is_current"]) for row in found["rows"]] == [(None, False)]
 
 
@@ -107,3 +113,26 @@ def test_what_cannot_be_asked_or_written_leaves_the_page_as_it_is(settings, here
     assert page.read_text() == "as it was"
     with pytest.raises(StorageError, match="--output"):
         results(here, page / "below-a-file.md")
+
+
+def test_a_recipe_written_before_a_key_existed_is_still_the_recipe(here, experiment, tmp_path):
+    run_id = train(here, experiment, "best", **{"recipe.digest": "before"})
+    old = load_recipe("baseline", "best").model_dump(mode="json")
+    del old["test_limit"]  # has the value that it has by default
+    (tmp_path / "recipe.json").write_text(json.dumps(old))
+    MlflowClient(here.tracking_uri).log_artifact(run_id, str(tmp_path / "recipe.json"))
+    other = train(here, experiment, "best", seed=21)
+    (row,) = results(here, tmp_path / "results.md", **experiments(experiment))["rows"]
+    assert row["recipe_is_current"] is True
+    assert [run["run_id"] for run in row["runs"]] == [other, run_id]
+
+
+def test_pretraining_is_read_from_its_own_experiment(here, experiment, tmp_path):
+    tags = {"recipe": "vgg16", "data": "cifar-10", "dataset_id": "ds-1", "weights.sha256": "ab" * 32}
+    with tracking.run(here, "pretrain", tags=tags, experiment=f"{experiment}-pretraining") as run:
+        run.log_metrics({"validation_accuracy": 0.8123})
+    found = results(here, tmp_path / "results.md", **experiments(experiment))
+    assert found["rows"] == []
+    text = (tmp_path / "results.md").read_text()
+    assert "| `vgg16` | cifar-10 `ds-1` | 0.8123 | not recorded | `abababababab` |" in text
+    assert run.id in text

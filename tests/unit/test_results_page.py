@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from ml.evaluation.metrics import evaluate
-from ml.evaluation.results_page import TARGETS, Evidence, Stage, Trained, group, judge, main_rows, missing, render
+from ml.evaluation.results_page import (
+    TARGETS,
+    Evidence,
+    Pretrained,
+    Stage,
+    Trained,
+    group,
+    judge,
+    main_rows,
+    missing,
+    render,
+)
 from ml.evaluation.robustness import Robustness
 
 BASELINE, VGG16 = TARGETS
@@ -213,15 +224,25 @@ def test_what_was_not_recorded_is_said_so():
     assert judge(BASELINE, rows)[1].startswith("not run")
 
 
-def test_demo_runs_are_left_out_and_pretraining_stands_apart():
-    rows = rows_of(run(1, recipe="demo"), vgg16(2, architecture="vgg16_base", recipe="vgg16"), run(3, recipe="mine"))
-    page = render([replace(row, is_current=None) for row in rows] + rows_of(run(4), run(5, recipe="laptop")))
+def test_demo_runs_are_left_out_and_other_names_stand_apart():
+    rows = [replace(row, is_current=None) for row in rows_of(run(1, recipe="demo"), run(3, recipe="mine"))]
+    page = render(rows + rows_of(run(4), run(5, recipe="laptop")))
     assert "`demo`" not in page
-    assert "vgg16_base `vgg16`" in section(page, "## Pretraining")
     assert "`mine`" in section(page, "## Other runs")
     assert "`mine`" not in section(page, "## Test split")
     assert "`laptop`" in section(page, "## Test split")  # nobody expects it, and it is a recipe that there is
-    assert "recipe changed since" not in page
+    assert "another form" not in page
+
+
+def test_pretraining_is_listed_with_the_digest_that_its_weights_go_by():
+    done = Pretrained(
+        "f" * 32, BEGAN, "vgg16", "SYNTHETIC", "ds-1", 0.8123, 3700.0, "abcdef0123456789" * 4, "cifar10 pretrain"
+    )
+    line = cells(render([], [done]), "## Pretraining", "`vgg16`")
+    data, accuracy, seconds, digest, command, run_id = line[1:]
+    assert (data, accuracy, seconds, digest) == ("**SYNTHETIC** `ds-1`", "0.8123", "62 min", "`abcdef012345`")
+    assert (command, run_id) == ("`cifar10 pretrain`", f"`{'f' * 32}`")
+    assert "## Pretraining" not in render([])
 
 
 def test_a_recipe_that_was_no_file_is_trained_again_by_its_run():
@@ -235,11 +256,18 @@ def test_a_changed_recipe_gives_way_to_the_present_one_and_is_marked_where_there
     changed = replace(old, is_current=False)
     assert main_rows([changed, new]) == [new]
     page = render([changed, new])
-    assert "baseline `best`, recipe changed since" in section(page, "## Other runs")
+    assert "baseline `best`, another form of the recipe" in section(page, "## Other runs")
     assert judge(BASELINE, [changed, new])[0].startswith("0.9100")
     alone = render([changed])
-    assert "baseline `best`, recipe changed since" in section(alone, "## Test split")
-    assert "holds; the recipe has changed since" in section(alone, "## Targets")
+    assert "baseline `best`, another form of the recipe" in section(alone, "## Test split")
+    assert "**not the recipe as it is now" in alone
+    # However good, it fills no expected row and reaches no target.
+    assert ("baseline", "best", "from scratch") in missing([changed])
+    assert judge(BASELINE, [changed]) == (
+        "–",
+        "not run: needs the recipe as it is now; this row used another form of it (old); "
+        "`cifar10 train baseline --recipe best`",
+    )
     # Of several earlier forms, the one that was run last.
     older = replace(new, is_current=False)
     assert main_rows([changed, older]) == [changed]
