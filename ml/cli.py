@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ml.errors import CifarError, ConfigurationError, RegistryUnavailable
 from ml.settings import Settings, load_settings
+from ml.training.recipe import PRETRAINING_RECIPE
 
 app = typer.Typer(
     help="Trains, promotes, serves and watches CIFAR-10 classifiers.",
@@ -135,20 +136,50 @@ def ingest(
 @app.command()
 def train(
     architecture: Annotated[Architecture, typer.Argument(help="The model to train.")],
-    recipe: Annotated[str, typer.Option(help="A recipe of recipes/: report, demo, or one of your own.")] = "report",
+    *,
+    recipe: Annotated[str, typer.Option(help="A recipe of recipes/: report, best, demo, or your own.")] = "report",
     dataset: DatasetId = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint of this training, which was cut off.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model by a recipe, evaluate it and register it as a candidate."""
 
     def work(settings: Settings) -> dict[str, Any]:
-        from ml.workflows.training_choice import choose
+        from ml.workflows.training_choice import choose, train
 
         chosen = choose(settings, architecture.value, dataset_id=dataset, recipe=recipe)
-        # After what can be refused at once: it imports TensorFlow, which takes ten seconds.
-        from ml.workflows.train import train_by_name
+        return train(
+            settings,
+            architecture.value,
+            dataset_id=chosen["dataset_id"],
+            recipe=chosen["recipe"],
+            seed=seed,
+            resume="required" if resume else "no",
+        )
 
-        return train_by_name(settings, architecture.value, dataset_id=chosen["dataset_id"], recipe=chosen["recipe"])
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe's file that says what to search, as recipes/sweeps/baseline.toml does.")
+    ],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Bring so many trials to an end in all, instead of the file's number.")
+    ] = None,
+    dataset: DatasetId = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search for better hyperparameters; run again after an interruption, it goes on where it was."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.sweep import sweep as workflow
+
+        return workflow(settings, recipe, dataset_id=dataset, trials=trials)
 
     _run(work, as_json=as_json)
 
@@ -208,22 +239,26 @@ def _print_results(found: dict[str, Any]) -> None:
 
 
 @app.command()
-def sweep(
+def pretrain(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe's file that says what to search, as recipes/sweeps/baseline.toml does.")
-    ],
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Bring so many trials to an end in all, instead of the file's number.")
-    ] = None,
+        Path, typer.Option(help="A recipe file of architecture vgg16_base.", exists=True, dir_okay=False)
+    ] = PRETRAINING_RECIPE,
+    *,
+    output: Annotated[Path | None, typer.Option(help="Where the weights go; ends in .weights.h5.")] = None,
     dataset: DatasetId = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of a run cut off.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search for better hyperparameters; run again after an interruption, it goes on where it was."""
+    """Train VGG16's base from nothing, where ImageNet's weights cannot be had; VGG16_WEIGHTS takes the file."""
 
     def work(settings: Settings) -> dict[str, Any]:
-        from ml.workflows.sweep import sweep as workflow
+        from ml.workflows.training_choice import newest, use_backend
 
-        return workflow(settings, recipe, dataset_id=dataset, trials=trials)
+        dataset_id = newest(settings, dataset)
+        use_backend(settings.keras_backend)
+        from ml.workflows.pretrain import pretrain as workflow
+
+        return workflow(settings, dataset_id, recipe.absolute(), output.absolute() if output else None, resume=resume)
 
     _run(work, as_json=as_json)
 

@@ -45,6 +45,26 @@ VGG16_CONVOLUTIONS: tuple[str, ...] = tuple(
 """The thirteen convolutions of the paper's configuration D, as Keras names them."""
 
 
+class Vgg16BaseSpec(BaseModel):
+    """VGG16's convolutional base with batch normalisation, for training it from nothing, and a softmax on top."""
+
+    model_config = _STRICT
+
+    batch_norm_momentum: float = Field(default=0.9, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Before the softmax."""
+
+    @property
+    def learning_layers(self) -> tuple[str, ...]:
+        """As `BaselineSpec.learning_layers`."""
+        return (*(name for conv in VGG16_CONVOLUTIONS for name in (conv, norm_of(conv))), "probabilities")
+
+
+def norm_of(convolution: str) -> str:
+    """Name of the batch normalisation behind a convolution."""
+    return convolution.replace("conv", "norm")
+
+
 class Vgg16Spec(BaseModel):
     """The new dense layers on VGG16's convolutional base; the base itself is fixed by the paper."""
 

@@ -27,7 +27,7 @@ def build_vgg16(spec: Vgg16Spec, weights: Weights) -> keras.Model:
     """
     base = keras.applications.VGG16(include_top=False, weights=None, input_shape=(spec.input_size, spec.input_size, 3))
     image = keras.Input(IMAGE_SHAPE, name="image", dtype="float32")
-    preprocessing = _preprocessing()
+    preprocessing = preprocessing_layer()
     x = preprocessing(image)
     if spec.input_size != IMAGE_SHAPE[0]:
         x = layers.UpSampling2D(spec.input_size // IMAGE_SHAPE[0], interpolation="bilinear", name="enlarge")(x)
@@ -43,19 +43,23 @@ def build_vgg16(spec: Vgg16Spec, weights: Weights) -> keras.Model:
     # Summed in float32, whatever the layers before compute in.
     probabilities = layers.Dense(NUM_CLASSES, activation="softmax", dtype="float32", name="probabilities")
     model = keras.Model(image, probabilities(x), name="vgg16")
-    preprocessing.set_weights(
-        [np.eye(3, dtype=np.float32)[::-1].reshape(1, 1, 3, 3), -np.asarray(IMAGENET_MEAN_BGR, dtype=np.float32)]
-    )
+    set_preprocessing(preprocessing)
     return model
 
 
-def _preprocessing() -> layers.Layer:
+def preprocessing_layer() -> layers.Layer:
     """RGB -> BGR minus ImageNet's mean, as a frozen 1x1 convolution.
 
     A standard layer with weights: it travels with the model, loads in Keras' safe mode without custom objects, and
     is one node of the ONNX graph.
     """
     return layers.Conv2D(3, 1, trainable=False, name="rgb_to_centred_bgr")
+
+
+def set_preprocessing(layer: layers.Layer) -> None:
+    """Gives a built `preprocessing_layer` its fixed values."""
+    swap = np.eye(3, dtype=np.float32)[::-1].reshape(1, 1, 3, 3)
+    layer.set_weights([swap, -np.asarray(IMAGENET_MEAN_BGR, dtype=np.float32)])
 
 
 def _initialise(base: keras.Model) -> None:

@@ -25,6 +25,8 @@ IMAGENET_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vg
 """Keras' own file and address (keras/src/applications/vgg16.py, WEIGHTS_PATH_NO_TOP)."""
 IMAGENET_MD5 = "6d6bbae143d832006294945121d1f1fc"
 RANDOM_LABEL = "RANDOM WEIGHTS"
+ORIGIN_ATTRIBUTE = "cifar10_origin"
+"""In a weights file that was pretrained here: what it is. Labels say it."""
 
 _RETRIES = RetryPolicy(fruitless_attempts=2, longest_wait=1.0, connect_timeout=4.0)
 """Without a network this is known within ten seconds, at once where the address is refused."""
@@ -41,13 +43,17 @@ class Weights:
     kind: Literal["imagenet", "file", "random"]
     path: Path | None = None
     sha256: str | None = None
+    origin: str | None = None
+    """Of a file that was pretrained here: what it says it is."""
 
     @property
     def label(self) -> str:
         """What people are told: tags, logs, tables."""
         if self.kind == "random":
             return RANDOM_LABEL
-        return "imagenet" if self.kind == "imagenet" else f"file sha256:{(self.sha256 or '')[:12]}"
+        if self.kind == "imagenet":
+            return "imagenet"
+        return f"{self.origin or 'file'} sha256:{(self.sha256 or '')[:12]}"
 
 
 def resolve_weights(
@@ -96,7 +102,15 @@ def _local_file(path: Path) -> Weights:
         )
     if not path.is_file():
         raise SourceNotFound(f"VGG16's weights file {path} does not exist.", fix="correct VGG16_WEIGHTS.")
-    return Weights("file", path, file_digest(path))
+    return Weights("file", path, file_digest(path), _origin(path))
+
+
+def _origin(path: Path) -> str | None:
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file.attrs[ORIGIN_ATTRIBUTE]) if ORIGIN_ATTRIBUTE in file.attrs else None
+    except OSError:
+        return None  # not HDF5: said when it is loaded, with what was expected
 
 
 def _imagenet(cache_dir: Path, keras_home: Path, url: str) -> Weights:

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ml.errors import ConfigurationError
-from ml.models.specs import ARCHITECTURES, BaselineSpec, Vgg16Spec
+from ml.models.specs import ARCHITECTURES, BaselineSpec, Vgg16BaseSpec, Vgg16Spec
 from ml.settings import PROJECT_ROOT
 
 RECIPES_DIR = PROJECT_ROOT / "recipes"
+PRETRAINING_RECIPE = RECIPES_DIR / "pretraining" / "vgg16.toml"
 
 Limit = Annotated[int, Field(ge=10)] | None
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
@@ -197,8 +198,19 @@ class Vgg16Recipe(_Recipe):
     model: Vgg16Spec = Vgg16Spec()
 
 
-Recipe = BaselineRecipe | Vgg16Recipe
-_KINDS: dict[str, type[BaselineRecipe] | type[Vgg16Recipe]] = {"baseline": BaselineRecipe, "vgg16": Vgg16Recipe}
+class Vgg16BaseRecipe(_Recipe):
+    """A pretraining of VGG16's base from nothing. It ends in a file of weights, not in a candidate."""
+
+    architecture: Literal["vgg16_base"] = "vgg16_base"
+    model: Vgg16BaseSpec = Vgg16BaseSpec()
+
+
+Recipe = BaselineRecipe | Vgg16Recipe | Vgg16BaseRecipe
+_KINDS: dict[str, type[Recipe]] = {
+    "baseline": BaselineRecipe,
+    "vgg16": Vgg16Recipe,
+    "vgg16_base": Vgg16BaseRecipe,
+}
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Field(discriminator="architecture")])
 
 
@@ -331,7 +343,7 @@ def _explain(item: Any, architecture: str) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_nearest(location[-1], _known_keys(architecture, location))}"
     if item["type"].startswith("union_tag"):
-        return f"architecture must be one of {', '.join(ARCHITECTURES)}"
+        return f"architecture must be one of {', '.join(_KINDS)}"
     if item["type"] == "missing":
         return f"{key} is missing"
     if item["type"] == "value_error":

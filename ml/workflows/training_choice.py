@@ -31,9 +31,18 @@ def choose(
         StorageError: the datasets cannot be read.
     """
     name = load_recipe(architecture, recipe or DEFAULT_RECIPE).name
+    return {"dataset_id": newest(settings, dataset_id), "recipe": name}
+
+
+def newest(settings: Settings, dataset_id: str | None) -> str:
+    """That dataset's id, if it is there; the newest one's where None is asked for.
+
+    Raises:
+        DatasetNotFound, DatasetInvalid, StorageError: as `choose`.
+    """
     if dataset_id is None:
-        return {"dataset_id": latest_dataset_id(settings.data_url), "recipe": name}
-    return {"dataset_id": read_manifest(settings.data_url, dataset_id).dataset_id, "recipe": name}
+        return latest_dataset_id(settings.data_url)
+    return read_manifest(settings.data_url, dataset_id).dataset_id
 
 
 def train(settings: Settings, architecture: str, **asked: Any) -> dict[str, object]:

@@ -1,0 +1,129 @@
+"""Pretraining: VGG16's base from nothing on a dataset's own training split, saved as a file for `VGG16_WEIGHTS`.
+
+It is what transfer learning can be shown with where ImageNet's weights cannot be had, and it says what it is: weights
+that learned from the very images that fine-tuning sees, not knowledge from elsewhere.
+"""
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+from ml.datasets import store
+from ml.digests import file_digest
+from ml.errors import ConfigurationError, TrainingDiverged, TrainingError
+from ml.evaluation import plots
+from ml.models.vgg16_base import SUFFIX, save_base
+from ml.registry import tracking
+from ml.settings import Settings
+from ml.training import fit, runtime
+from ml.training.checkpoint import Checkpoint, Position
+from ml.training.recipe import Vgg16BaseRecipe, parse_recipe, read_toml, refuse_unless_it_fits
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENT = "cifar10-pretraining"
+
+
+def read_recipe(path: Path) -> Vgg16BaseRecipe:
+    """Reads and checks a pretraining's recipe.
+
+    Raises:
+        ConfigurationError: it cannot be read, cannot work, or is another architecture's.
+    """
+    recipe = parse_recipe(read_toml(path), origin=str(path))
+    if not isinstance(recipe, Vgg16BaseRecipe):
+        raise ConfigurationError(
+            f"{path} is a recipe for {recipe.architecture}.", fix='pretrain by one with architecture = "vgg16_base".'
+        )
+    return recipe
+
+
+def pretrain(
+    settings: Settings, dataset_id: str, recipe_file: Path, output: Path | None = None, *, resume: bool = False
+) -> dict[str, object]:
+    """Trains the base and writes its weights; the run in MLflow's experiment `cifar10-pretraining` has both.
+
+    Args:
+        settings: where data and MLflow are.
+        dataset_id: of a stored dataset; its training split is learned from, its validation split watched.
+        recipe_file: TOML, of architecture `vgg16_base`.
+        output: where the weights go, ending in .weights.h5; None is a name of the run's under var/weights.
+        resume: go on from the checkpoint of this recipe and dataset.
+
+    Returns:
+        {"path", "sha256", "origin", "run_id", "dataset_id", "data", "validation_accuracy", "epochs", "seconds"}.
+
+    Raises:
+        ConfigurationError: the recipe or the path cannot work.
+        DatasetNotFound, DatasetInvalid: there is no such dataset, or it was altered.
+        TrainingDiverged: the loss became NaN.
+        TrainingError: resumed without a checkpoint.
+        StorageError: weights or a checkpoint could not be written.
+        RegistryUnavailable: MLflow could not be asked.
+    """
+    began = time.monotonic()
+    recipe = read_recipe(recipe_file)
+    if output is not None and not output.name.endswith(SUFFIX):
+        raise ConfigurationError(f"{output} does not end in {SUFFIX}.", fix=f"choose a name that ends in {SUFFIX}.")
+    manifest = store.read_manifest(settings.data_url, dataset_id)
+    refuse_unless_it_fits(recipe, min(recipe.train_limit or manifest.counts["train"], manifest.counts["train"]))
+    identity = fit.identity_of(recipe, dataset_id, None, runtime.backend())
+    checkpoint = Checkpoint(settings.checkpoints_dir, identity)
+    position = checkpoint.load() if resume else None
+    if resume and position is None:
+        raise TrainingError(
+            f"There is no checkpoint of this pretraining on {dataset_id} to resume from.", fix="leave --resume out."
+        )
+    position = position or Position(run_id="")
+    tags = {"architecture": recipe.architecture, "recipe": recipe.name, "recipe.digest": recipe.digest}
+    tags |= {"data": manifest.data, "keras.backend": runtime.backend(), "command": "cifar10 pretrain"}
+    name = f"pretrain-{recipe.name}"
+    with tracking.run(
+        settings, name, tags=tags, seed=recipe.seed, run_id=position.run_id or None, experiment=EXPERIMENT
+    ) as run:
+        position.run_id = run.id
+        run.log_dataset(manifest)
+        run.log_dict(recipe.model_dump(mode="json"), "recipe.json")
+        train = store.load_split(settings.data_url, dataset_id, "train", recipe.train_limit)
+        validation = store.load_split(settings.data_url, dataset_id, "validation", recipe.validation_limit)
+        try:
+            trained = fit.train(
+                recipe,
+                train,
+                validation,
+                on_epoch=lambda stage, epoch, figures: run.log_metrics(
+                    {f"{stage}/{key}": value for key, value in figures.items()}, step=epoch
+                ),
+                checkpoint=checkpoint,
+                position=position,
+            )
+        except TrainingDiverged:
+            checkpoint.clear()
+            raise
+        last = trained.stages[-1]
+        accuracy = last.epochs[last.kept_epoch]["val_accuracy"]
+        origin = f"pretrained on the training split of {manifest.data} {dataset_id}"
+        path = output or settings.mlops_var_dir / "weights" / f"vgg16-{run.id[:12]}{SUFFIX}"
+        save_base(trained.model, path, origin)
+        sha256 = file_digest(path)
+        run.log_metrics({"validation_accuracy": accuracy, "wall_seconds": time.monotonic() - began})
+        run.log_tags({"weights.sha256": sha256, "weights.origin": origin})
+        with tempfile.TemporaryDirectory() as folder:
+            curves = Path(folder) / "learning_curves.png"
+            plots.learning_curves([(stage.name, stage.epochs) for stage in trained.stages], curves, name)
+            run.log_artifact(curves, "plots")
+        run.log_artifact(path, "weights")
+        checkpoint.clear()
+    logger.info("VGG16's base, validation accuracy %.4f: VGG16_WEIGHTS=%s uses it", accuracy, path)
+    return {
+        "path": str(path),
+        "sha256": sha256,
+        "origin": origin,
+        "run_id": run.id,
+        "dataset_id": dataset_id,
+        "data": manifest.data,
+        "validation_accuracy": accuracy,
+        "epochs": sum(len(stage.epochs) for stage in trained.stages),
+        "seconds": round(time.monotonic() - began, 1),
+    }
