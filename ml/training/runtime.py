@@ -13,6 +13,20 @@ def backend() -> str:
     return str(keras.backend.backend())
 
 
+def gpu() -> str | None:
+    """The accelerator that this process computes on, in its maker's words; None where there is only the processor."""
+    if keras.backend.backend() == "jax":
+        import jax  # noqa: PLC0415  # only where it is the backend
+
+        names = {device.device_kind for device in jax.devices() if device.platform != "cpu"}
+    else:
+        import tensorflow as tf  # noqa: PLC0415
+
+        found = tf.config.list_physical_devices("GPU")
+        names = {tf.config.experimental.get_device_details(device).get("device_name", "GPU") for device in found}
+    return ", ".join(sorted(names)) or None
+
+
 def prepare(seed: int) -> None:
     """Seeds Python, NumPy and the backend, and gives TensorFlow as many threads as this process has cores.
 

@@ -18,7 +18,7 @@ from ml.registry import tracking
 from ml.settings import Settings
 from ml.training import fit, runtime
 from ml.training.checkpoint import Checkpoint, Position
-from ml.training.recipe import Vgg16BaseRecipe, parse_recipe, read_toml, refuse_unless_it_fits
+from ml.training.recipe import PRETRAINING_RECIPE, Vgg16BaseRecipe, parse_recipe, read_toml, refuse_unless_it_fits
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ def read_recipe(path: Path) -> Vgg16BaseRecipe:
             f"{path} is a recipe for {recipe.architecture}.", fix='pretrain by one with architecture = "vgg16_base".'
         )
     return recipe
+
+
+def _command(recipe_file: Path) -> str:
+    return "cifar10 pretrain" if recipe_file == PRETRAINING_RECIPE else f"cifar10 pretrain --recipe {recipe_file.name}"
 
 
 def pretrain(
@@ -77,7 +81,7 @@ def pretrain(
         )
     position = position or Position(run_id="")
     tags = {"architecture": recipe.architecture, "recipe": recipe.name, "recipe.digest": recipe.digest}
-    tags |= {"data": manifest.data, "keras.backend": runtime.backend(), "command": "cifar10 pretrain"}
+    tags |= {"data": manifest.data, "keras.backend": runtime.backend(), "command": _command(recipe_file)}
     name = f"pretrain-{recipe.name}"
     with tracking.run(
         settings, name, tags=tags, seed=recipe.seed, run_id=position.run_id or None, experiment=EXPERIMENT
