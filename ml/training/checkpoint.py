@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,21 +87,23 @@ class Checkpoint:
                 groups: dict[str, list[np.ndarray]] = {"model": [], "optimizer": [], "best": []}
                 for name in sorted(set(file.files) - {"facts"}):
                     groups[name.split("_")[0]].append(file[name])
+            found = facts.pop("identity")
+            position = Position(**facts, model=groups["model"], optimizer=groups["optimizer"], best=groups["best"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError) as error:
+        # What NumPy raises depends on where a file is torn, or on what lies there in its place.
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise TrainingError(
                 f"The checkpoint {self.path} cannot be read: {error}.",
                 fix="delete it, and train from the start (without --resume).",
             ) from error
-        found = facts.pop("identity")
         if found != self.identity:
             other = ", ".join(key for key in self.identity if found.get(key) != self.identity[key])
             raise TrainingError(
                 f"The checkpoint {self.path} is of another training: its {other} differ.",
                 fix="give what it was started with, or train from the start (without --resume).",
             )
-        return Position(**facts, model=groups["model"], optimizer=groups["optimizer"], best=groups["best"])
+        return position
 
     def clear(self) -> None:
         """Forgets it: the training is done, or begins anew."""
