@@ -45,10 +45,13 @@ class FeatureCache:
         """
         path = self.folder / f"{key}.npy"
         try:
-            if not path.exists():
+            found = self._open(path, shape)
+            if found is None:
                 self._make(path, shape, fill)
-            os.utime(path)
-            return np.load(path, mmap_mode="r")
+                found = self._open(path, shape)
+            if found is None:
+                raise OSError(f"{path.name} was gone or torn as soon as it was written")
+            return found
         except OSError as error:
             raise StorageError(
                 f"Features could not be kept in {self.folder}: {error}.",
@@ -63,6 +66,21 @@ class FeatureCache:
                 f"{self.budget_bytes / 2**30:.1f}.",
                 fix="raise FEATURE_CACHE_GIB, lower the recipe's augmentation.views, or train on fewer images.",
             )
+
+    def _open(self, path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The array in the file; None where there is none, or none that is whole."""
+        try:
+            found = np.load(path, mmap_mode="r")
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (ValueError, EOFError):  # what NumPy raises depends on where a file is torn
+            found = None
+        if found is not None and found.shape == shape and found.dtype == np.float32:
+            return found
+        logger.warning("%s is torn or of another shape; it is made anew", path)
+        path.unlink(missing_ok=True)
+        return None
 
     def _make(self, path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
         size = 4 * int(np.prod(shape))
@@ -85,6 +103,7 @@ class FeatureCache:
                 draft.unlink(missing_ok=True)
         kept = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.glob("*.npy"))
         used = sum(bytes_ for _, bytes_, _ in kept)
+        used += sum(draft.stat().st_size for draft in self.folder.glob("*.draft"))  # being filled, perhaps from these
         for _, bytes_, path in kept:
             if used + size <= self.budget_bytes:
                 break
