@@ -92,6 +92,9 @@ def run_stage(
     if what.soft_labels:
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing)
     what.network.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"], jit_compile=what.compile_with_xla)
+    optimizer = what.network.optimizer  # in mixed_float16 Keras puts one that scales the loss around it
+    if not optimizer.built:
+        optimizer.build(what.network.trainable_variables)
     done = len(position.epochs)
     if done:
         assign(what.model.variables, position.model)
@@ -150,7 +153,6 @@ class _Keeper(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyp
         self._stage, self._recipe, self._what, self._position = stage, recipe, what, position
         self._on_epoch, self._checkpoint = on_epoch, checkpoint
         self._began = 0.0
-        self._last: list[np.ndarray] = []
 
     def on_epoch_begin(self, epoch: int, _logs: dict[str, Any] | None = None) -> None:
         """Tells the batches which epoch they are of."""
@@ -166,8 +168,6 @@ class _Keeper(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyp
         position.epochs.append({**figures, "images_per_second": self._what.images / seconds})
         if self._recipe.keep_best_epoch and self._best() == epoch:
             position.best = self._measured_weights()
-        if self._recipe.weight_averaging:
-            self._last = self._measured_weights()
         if self._checkpoint is not None:
             position.model = read(self._what.model.variables)
             position.optimizer = read(self._what.network.optimizer.variables)
@@ -193,8 +193,8 @@ class _Keeper(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyp
         """Gives the model the weights that the stage ends with."""
         if self._recipe.keep_best_epoch:
             self._what.model.set_weights(self._position.best)
-        elif self._last:
-            self._what.model.set_weights(self._last)
+        else:
+            self._what.model.set_weights(self._measured_weights())
 
     def _best(self) -> int:
         losses = [epoch["val_loss"] for epoch in self._position.epochs]
@@ -205,6 +205,7 @@ class _Keeper(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyp
         averages: dict[int, Any] = {}
         if self._recipe.weight_averaging:
             optimizer = self._what.network.optimizer
+            optimizer = getattr(optimizer, "inner_optimizer", optimizer)
             # As keras.callbacks.SwapEMAWeights finds them.
             pairs = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True)
             averages = {id(variable): average for variable, average in pairs}

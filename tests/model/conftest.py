@@ -11,19 +11,26 @@ import numpy as np
 import pytest
 
 from ml.datasets.manifest import Split
-from ml.models.specs import Vgg16Spec
+from ml.models.specs import BaselineSpec, Vgg16Spec
 from ml.models.vgg16_weights import Weights
+from ml.training.feature_cache import FeatureCache
 from ml.training.fit import TrainedModel, train
-from ml.training.recipe import Vgg16Recipe
+from ml.training.recipe import BaselineRecipe, Stage, Vgg16Recipe
 
+BASELINE = BaselineRecipe(
+    name="tiny",
+    batch_size=32,
+    model=BaselineSpec(filters=(8, 8), dense_units=16, dropout=0.1, block_dropout=0.1, batch_norm_momentum=0.5),
+    stages=(Stage(name="fit", epochs=2, learning_rate=0.01),),
+)
 TINY_VGG16 = Vgg16Recipe(
     name="tiny",
-    epochs=1,
-    learning_rate=0.003,
-    fine_tuning_epochs=1,
-    fine_tuning_learning_rate=0.0001,
     batch_size=32,
     model=Vgg16Spec(dense_units=16, dropout=0.3),
+    stages=(
+        Stage(name="head", epochs=2, learning_rate=0.003, unfreeze_from="dense"),
+        Stage(name="top", epochs=2, learning_rate=0.0001, unfreeze_from="block5_conv1"),
+    ),
 )
 
 
@@ -50,10 +57,26 @@ def first(split: Split, n: int) -> Split:
     return Split(split.images[:n], split.labels[:n], split.ids[:n])
 
 
+def figures(trained: TrainedModel) -> list[list[dict[str, float]]]:
+    """What each stage measured in each epoch; how fast it was left out."""
+    return [
+        [{key: value for key, value in epoch.items() if key != "images_per_second"} for epoch in stage.epochs]
+        for stage in trained.stages
+    ]
+
+
 @pytest.fixture(scope="session")
-def tiny_vgg16(train_split: Split, validation_split: Split) -> TrainedModel:
+def vgg16_features(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    """Shared, so that the frozen layers of VGG16 run once in this session."""
+    return FeatureCache(tmp_path_factory.mktemp("features"), 2**30)
+
+
+@pytest.fixture(scope="session")
+def tiny_vgg16(train_split: Split, validation_split: Split, vgg16_features: FeatureCache) -> TrainedModel:
     """Both stages on 64 images, through the cache of frozen features; watched on 32."""
-    return train(TINY_VGG16, first(train_split, 64), first(validation_split, 32), Weights("random"))
+    return train(
+        TINY_VGG16, first(train_split, 64), first(validation_split, 32), Weights("random"), features=vgg16_features
+    )
 
 
 def published_layout(path: Path, layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> Path:
