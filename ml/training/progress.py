@@ -28,14 +28,18 @@ class Progress(keras.callbacks.Callback):  # type: ignore[misc]  # keras is unty
         )
         self._began = self._shown = 0.0
         self._epoch = 0
+        self._first: int | None = None
 
     def on_train_begin(self, _logs: dict[str, Any] | None = None) -> None:
         """Starts the clock."""
         self._began = self._shown = time.monotonic()
+        self._first = None
 
     def on_epoch_begin(self, epoch: int, _logs: dict[str, Any] | None = None) -> None:
-        """Remembers which epoch runs."""
+        """Remembers which epoch runs, and which was the first on this clock: a resumed training begins later."""
         self._epoch = epoch
+        if self._first is None:
+            self._first = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Says where the epoch stands, if the last word was five seconds ago."""
@@ -43,26 +47,31 @@ class Progress(keras.callbacks.Callback):  # type: ignore[misc]  # keras is unty
         if now - self._shown < EVERY_SECONDS or batch + 1 >= self._batches or logs is None:
             return
         self._shown = now
-        done = self._epoch * self._images + (batch + 1) * self._batch_size
+        done = self._done(self._epoch) + (batch + 1) * self._batch_size
         rate = done / (now - self._began)
         logger.info(
             "%s: epoch %d/%d, batch %d/%d: loss %.3f, accuracy %.3f; %.0f images/s, about %.0f s left",
             *(self._stage, self._epoch + 1, self._epochs, batch + 1, self._batches),
-            *(logs["loss"], logs["accuracy"], rate, (self._epochs * self._images - done) / rate),
+            *(logs["loss"], logs["accuracy"], rate, (self._done(self._epochs) - done) / rate),
         )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Says what the epoch came to."""
         now = self._shown = time.monotonic()
         seconds = now - self._began
+        rate = self._done(epoch + 1) / seconds
         values = logs or {}
         logger.info(
             "%s: epoch %d/%d done: loss %.3f, accuracy %.3f, validation loss %.3f, validation accuracy %.3f; "
             "%.0f images/s, about %.0f s left",
             *(self._stage, epoch + 1, self._epochs),
             *(values.get(key, math.nan) for key in ("loss", "accuracy", "val_loss", "val_accuracy")),
-            *((epoch + 1) * self._images / seconds, (self._epochs - epoch - 1) * seconds / (epoch + 1)),
+            *(rate, (self._epochs - epoch - 1) * self._images / rate),
         )
+
+    def _done(self, epochs: int) -> int:
+        """Images between the first epoch on this clock and the end of so many epochs."""
+        return (epochs - (self._first or 0)) * self._images
 
 
 class StopWhenDiverged(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyped
