@@ -170,7 +170,11 @@ class _Run:
         output = kernels.follow(self._steps, images(source))
         count = len(train.labels)
 
+        views = [self._view(train, recipe.augmentation, view) for view in range(recipe.augmentation.views)]
+
         def drawn(index: np.ndarray, epoch: int, batch: int) -> Draws:
+            if views:
+                return {key: values[index] for key, values in views[epoch % len(views)].items()}
             return draw(recipe.augmentation, index, side, np.random.default_rng([recipe.seed, epoch, batch]))
 
         def as_they_are(index: np.ndarray, _epoch: int, _batch: int) -> Draws:
@@ -238,18 +242,30 @@ class _Run:
                 source = keras.Input(given.shape[1:], name="features")
                 front = keras.Model(source, _chain(self._steps[before:cut], source))
             else:
-                given = np.arange(len(split.labels))
+                drawn_once = self._view(split, augmentation, view or 0)
                 front = self._front(split, augmentation, cut)
             first, last = (self._steps[i].name for i in (before, cut - 1))
-            with progress(f"{first} to {last}, frozen, {which} images", len(given)) as tell:
-                for start in range(0, len(given), _EXTRACTION_BATCH):
-                    chunk = given[start : start + _EXTRACTION_BATCH]
-                    rng = np.random.default_rng([recipe.seed, view or 0, start])
-                    inputs = chunk if before else draw(augmentation, chunk, split.images.shape[1], rng)
-                    features[start : start + _EXTRACTION_BATCH] = front.predict_on_batch(inputs)
+            with progress(f"{first} to {last}, frozen, {which} images", len(split.labels)) as tell:
+                for start in range(0, len(split.labels), _EXTRACTION_BATCH):
+                    rows = slice(start, start + _EXTRACTION_BATCH)
+                    inputs = given[rows] if before else {key: values[rows] for key, values in drawn_once.items()}
+                    features[rows] = front.predict_on_batch(inputs)
                     tell(start + _EXTRACTION_BATCH)
 
         return self._features.array(key, shape, fill)
+
+    def _view(self, split: Split, augmentation: Augmentation, view: int) -> Draws:
+        """What happens to each image of the split in this one of its fixed views."""
+        parts = [
+            draw(
+                augmentation,
+                np.arange(start, min(start + _EXTRACTION_BATCH, len(split.labels))),
+                split.images.shape[1],
+                np.random.default_rng([self._recipe.seed, view, start]),
+            )
+            for start in range(0, len(split.labels), _EXTRACTION_BATCH)
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def _front(self, split: Split, augmentation: Augmentation, cut: int) -> keras.Model:
         """Draws -> the outputs of the layers before the cut."""
