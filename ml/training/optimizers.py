@@ -22,6 +22,15 @@ class _RatePerLayer:
         factor = self.factors[self._get_variable_index(variable)]  # type: ignore[attr-defined]  # of the optimizer
         super().update_step(gradient, variable, learning_rate * factor)  # type: ignore[misc]
 
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        """Decay is a share of the layer's own rate; Keras takes the full one for all, and would wear gentle layers."""
+        if self.weight_decay is None:  # type: ignore[attr-defined]
+            return
+        for variable in variables:
+            if self._use_weight_decay(variable):  # type: ignore[attr-defined]
+                rate = self.learning_rate * self.factors[self._get_variable_index(variable)]  # type: ignore[attr-defined]
+                variable.assign(variable - variable * self.weight_decay * rate)  # type: ignore[attr-defined]
+
 
 class LayerwiseAdam(_RatePerLayer, keras.optimizers.Adam):  # type: ignore[misc]  # keras is untyped
     """Adam (Kingma & Ba 2015), with a rate per layer."""
