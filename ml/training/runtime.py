@@ -1,5 +1,6 @@
 """How the backend runs in this process: seeds, threads, log noise. Nothing here knows of models or data."""
 
+import gc
 import logging
 import os
 
@@ -25,6 +26,15 @@ def gpu() -> str | None:
         found = tf.config.list_physical_devices("GPU")
         names = {tf.config.experimental.get_device_details(device).get("device_name", "GPU") for device in found}
     return ", ".join(sorted(names)) or None
+
+
+def forget() -> None:
+    """Lets go of what earlier trainings of this process left in Keras: for who trains many models one after the other.
+
+    Nothing that is still to be used may have been made before it.
+    """
+    keras.backend.clear_session()
+    gc.collect()  # models are circles of references
 
 
 def prepare(seed: int) -> None:

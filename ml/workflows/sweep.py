@@ -322,6 +322,7 @@ def _make_fit(settings: Settings, manifest: Manifest, asked: Sweep) -> tuple[Fit
     from ml.models.vgg16_weights import resolve_weights  # noqa: PLC0415
     from ml.training.feature_cache import FeatureCache  # noqa: PLC0415
     from ml.training.fit import train  # noqa: PLC0415
+    from ml.training.runtime import forget  # noqa: PLC0415
 
     recipe = asked.recipe
     weights, label = None, "from scratch"
@@ -335,6 +336,7 @@ def _make_fit(settings: Settings, manifest: Manifest, asked: Sweep) -> tuple[Fit
     features = FeatureCache(settings.cache_dir / "features", int(settings.feature_cache_gib * 2**30))
 
     def fit(recipe: Recipe, on_epoch: OnEpoch) -> None:
+        forget()  # else trials slow down as they go on
         train(recipe, learned, judged, weights, on_epoch=on_epoch, features=features)
 
     return fit, label

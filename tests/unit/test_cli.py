@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = [
-    *("ingest", "train", "reproduce", "results", "promote", "rollback", "monitor", "migrate"),
+    *("ingest", "train", "sweep", "reproduce", "results", "promote", "rollback", "monitor", "migrate"),
     *("status", "up", "down", "demo"),
 ]
 
