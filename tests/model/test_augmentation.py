@@ -44,12 +44,10 @@ def reference(augmentation: Augmentation, draws: Draws) -> np.ndarray:
     mixed = []
     for i, image in enumerate(changed):
         other, (top, left, bottom, right) = changed[draws["partner"][i]], draws["box"][i]
-        if draws["box"][i].any():
-            image = image.copy()
-            image[top:bottom, left:right] = other[top:bottom, left:right]
-        else:
-            image = draws["share"][i] * image + (1 - draws["share"][i]) * other
-        mixed.append(image)
+        pasted = image.copy()
+        pasted[top:bottom, left:right] = other[top:bottom, left:right]
+        blended = draws["share"][i] * image + (1 - draws["share"][i]) * other
+        mixed.append(pasted if draws["box"][i].any() else blended)
     return np.stack(mixed)
 
 

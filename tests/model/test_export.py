@@ -12,22 +12,33 @@ from keras import layers
 from ml.datasets.manifest import Split
 from ml.errors import ModelInvalid, StorageError
 from ml.models.catalog import build
-from ml.models.specs import BaselineSpec
+from ml.models.specs import BaselineSpec, Vgg16Spec
+from ml.models.vgg16_weights import Weights
 from ml.serving.engine import Engine
 from ml.training.export import compare, export
 from ml.training.fit import TrainedModel, train
 from ml.training.onnx_graph import onnx_graph
-from ml.training.recipe import BaselineRecipe
-
-TINY = BaselineRecipe(name="tiny", epochs=1, learning_rate=0.01, model=BaselineSpec(filters=(8, 16), dense_units=16))
+from tests.model.conftest import BASELINE, first
 
 
-def test_baselines_two_files_are_one_model(train_split: Split, validation_split: Split, tmp_path: Path) -> None:
-    _check_export(train(TINY, train_split, validation_split).model, validation_split, tmp_path)
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_baselines_two_files_are_one_model(
+    precision: str, train_split: Split, validation_split: Split, tmp_path: Path
+) -> None:
+    recipe = BASELINE.with_overrides({"precision": precision, "stages.fit.epochs": 1})
+    _check_export(train(recipe, train_split, validation_split).model, validation_split, tmp_path)
+    loaded = keras.saving.load_model(tmp_path / "out" / "model.keras")
+    assert {layer.dtype_policy.name for layer in loaded.layers} == {"float32"}
 
 
 def test_vgg16s_two_files_are_one_model(tiny_vgg16: TrainedModel, validation_split: Split, tmp_path: Path) -> None:
     _check_export(tiny_vgg16.model, validation_split, tmp_path)
+
+
+def test_vgg16_on_enlarged_images_is_one_model_too(validation_split: Split, tmp_path: Path) -> None:
+    keras.utils.set_random_seed(2)
+    model = build(Vgg16Spec(input_size=64, dense_units=16), Weights("random"))
+    _check_export(model, first(validation_split, 8), tmp_path)
 
 
 def _check_export(model: keras.Model, validation_split: Split, tmp_path: Path) -> None:
@@ -75,13 +86,15 @@ def test_a_folder_that_cannot_be_is_said(tmp_path: Path, validation_split: Split
 
 
 def test_the_graph_follows_every_setting_of_the_layers_it_knows(tmp_path: Path) -> None:
-    """Strides, uneven padding, no bias, no scale, an offset: against Keras on noise."""
+    """Strides, uneven padding, no bias, no scale, an offset, enlargements: against Keras on noise."""
     keras.utils.set_random_seed(3)
     image = keras.Input((32, 32, 3))
     x = layers.Rescaling(1 / 127.5, offset=-1)(image)
     x = layers.Conv2D(4, 3, strides=2, padding="same", use_bias=False)(x)
     x = layers.BatchNormalization(scale=False)(x)
+    x = layers.UpSampling2D((2, 3), interpolation="bilinear")(x)
     x = layers.Conv2D(5, (2, 4), padding="same", activation="relu")(x)
+    x = layers.UpSampling2D(2, interpolation="nearest")(x)
     x = layers.Conv2D(6, 3, strides=3, padding="valid")(x)
     x = layers.MaxPooling2D(2, padding="same")(x)
     x = layers.Flatten()(x)

@@ -1,6 +1,8 @@
-"""Training: that it learns, repeats itself, stops when it diverges, and that cached features change nothing."""
+"""Training: that it learns, repeats itself, ends as its recipe says, and that cached features change nothing."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,70 +10,96 @@ import pytest
 
 from ml.datasets import synthetic
 from ml.datasets.manifest import Split
-from ml.errors import TrainingDiverged
+from ml.errors import ConfigurationError, TrainingDiverged
 from ml.models.catalog import build
-from ml.models.specs import BaselineSpec
-from ml.models.vgg16 import BASE_LAYERS, TOP_LAYERS
+from ml.models.chain import chain_of
+from ml.models.specs import Vgg16Spec
 from ml.models.vgg16_weights import Weights
-from ml.training import fine_tuning, progress
-from ml.training.augmentation import augment
+from ml.training import fit, kernels, progress
 from ml.training.batches import Batches
-from ml.training.feature_cache import extract, split_at
+from ml.training.checkpoint import assign, read
+from ml.training.feature_cache import FeatureCache
 from ml.training.fit import TrainedModel, train
-from ml.training.recipe import BaselineRecipe
-from ml.training.stages import Labelled
-from tests.model.conftest import TINY_VGG16, first
+from ml.training.stages import Trainable, histories, summaries
+from tests.model.conftest import BASELINE, TINY_VGG16, figures, first
 
-BASELINE = BaselineRecipe(
-    name="tiny",
-    epochs=2,
-    learning_rate=0.01,
-    batch_size=32,
-    model=BaselineSpec(filters=(8, 8), dense_units=16, dropout=0.1, block_dropout=0.1, batch_norm_momentum=0.5),
-)
+tf = pytest.importorskip("tensorflow")
+
+
+def end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on every image runs through the whole model, whatever is frozen."""
+    monkeypatch.setattr(fit._Run, "_cut", lambda _run, _stage: 0)
+
+
+def loss_on(model: keras.Model, split: Split) -> float:
+    model.compile(loss="sparse_categorical_crossentropy")
+    return float(model.evaluate(split.images, split.labels, batch_size=256, verbose=0))
 
 
 def test_baseline_learns_and_repeats_itself(
     train_split: Split, validation_split: Split, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[tuple[str, int, float]] = []
+    told: list[tuple[str, int, dict[str, float]]] = []
     with caplog.at_level(logging.INFO, "ml"):
-        first, second = (
-            train(BASELINE, train_split, validation_split, on_epoch=lambda *a: told.append((a[0], a[1], a[2]["loss"])))
+        one, other = (
+            train(BASELINE, train_split, validation_split, on_epoch=lambda *a: told.append((a[0], a[1], dict(a[2]))))
             for _ in range(2)
         )
-    (stage,) = first.stages
-    assert stage.epochs[stage.best_epoch]["val_accuracy"] > 0.5
-    assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= set(stage.epochs[0])
-    assert first.stages[0].epochs == second.stages[0].epochs
-    for a, b in zip(first.model.get_weights(), second.model.get_weights(), strict=True):
+    (stage,) = one.stages
+    assert stage.epochs[stage.kept_epoch]["val_accuracy"] > 0.5
+    assert set(stage.epochs[0]) == {"loss", "accuracy", "val_loss", "val_accuracy", "images_per_second"}
+    assert (stage.images, stage.cached_from, stage.learning_rate) == (320, None, 0.01)
+    assert figures(one) == figures(other)
+    for a, b in zip(one.model.weights, other.model.weights, strict=True):
         assert np.array_equal(a, b)
-    assert told[:2] == [("fit", i, stage.epochs[i]["loss"]) for i in range(2)]
+    assert told[:2] == [("fit", i, dict(stage.epochs[i])) for i in range(2)]
     assert "epoch 2/2 done" in caplog.text
     assert "images/s" in caplog.text
-    other = train(BASELINE.with_overrides(seed=5), train_split, validation_split)
-    assert other.stages[0].epochs != stage.epochs
+    assert (one.weights, one.recipe) == ("from scratch", BASELINE)
+    another = train(BASELINE.with_overrides({"seed": 5, "stages.fit.epochs": 1}), train_split, validation_split)
+    assert figures(another)[0][0] != figures(one)[0][0]
+    assert histories(summaries(one.stages)) == one.stages
 
 
 def test_baseline_learns_the_stand_in() -> None:
     raw = synthetic.generate(train=1500, test=300, seed=3)
-    spec = {"filters": [16, 32], "dense_units": 64, "dropout": 0.0, "block_dropout": 0.0, "batch_norm_momentum": 0.8}
-    recipe = BASELINE.with_overrides(epochs=4, learning_rate=0.002, model=spec)
+    changes = {
+        "model": {"filters": [16, 32], "dense_units": 64, "dropout": 0.0, "block_dropout": 0.0}
+        | {"batch_norm_momentum": 0.8},
+        "stages.fit.epochs": 4,
+        "stages.fit.learning_rate": 0.002,
+    }
     trained = train(
-        recipe,
+        BASELINE.with_overrides(changes),
         Split(raw.train_images, raw.train_labels, ("",) * 1500),
         Split(raw.test_images, raw.test_labels, ("",) * 300),
     )
     assert max(epoch["val_accuracy"] for epoch in trained.stages[0].epochs) > 0.25  # chance is 0.1
 
 
-def test_the_best_epochs_weights_are_kept(train_split: Split, validation_split: Split) -> None:
-    trained = train(BASELINE.with_overrides(epochs=4, learning_rate=0.05), train_split, validation_split)
-    (stage,) = trained.stages
-    model = trained.model
-    loss, _ = model.evaluate(validation_split.images, validation_split.labels, batch_size=256, verbose=0)
-    assert loss == pytest.approx(min(epoch["val_loss"] for epoch in stage.epochs), rel=1e-4)
-    assert stage.epochs[stage.best_epoch]["val_loss"] == min(epoch["val_loss"] for epoch in stage.epochs)
+def test_a_stage_ends_with_its_best_epoch_or_its_last_and_stops_when_nothing_gets_better(
+    train_split: Split, validation_split: Split
+) -> None:
+    few = first(train_split, 128)
+    # The more it learns of the colours, the worse it does on images whose labels are all the next class.
+    opposed = Split(validation_split.images, (validation_split.labels + 1) % 10, validation_split.ids)
+    recipe = BASELINE.with_overrides({"stages.fit.epochs": 5})
+    best, last, stopped = (
+        train(recipe.with_overrides(changes), few, opposed)
+        for changes in ({}, {"keep_best_epoch": False}, {"early_stopping": 1})
+    )
+    losses = [epoch["val_loss"] for epoch in best.stages[0].epochs]
+    kept = losses.index(min(losses))
+    assert kept < 4, "it must get worse at some time for this test to say anything"
+    assert best.stages[0].kept_epoch == kept
+    assert loss_on(best.model, opposed) == pytest.approx(losses[kept], rel=1e-4)
+    assert figures(last) == figures(best)
+    assert last.stages[0].kept_epoch == 4
+    assert loss_on(last.model, opposed) == pytest.approx(losses[4], rel=1e-4)
+    ends = next(i for i in range(1, 5) if losses[i] >= min(losses[:i]))
+    assert figures(stopped)[0] == figures(best)[0][: ends + 1]
+    assert stopped.stages[0].kept_epoch == ends - 1
+    assert loss_on(stopped.model, opposed) == pytest.approx(losses[ends - 1], rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_ends_the_training_at_once(
@@ -98,124 +126,231 @@ def test_an_infinite_validation_loss_ends_it_too() -> None:
         callback.on_epoch_end(2, {"loss": 1.0, "val_loss": float("inf")})
 
 
-def test_long_epochs_are_reported_within(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_built(
+    train_split: Split, validation_split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "build", lambda *_: pytest.fail("it built a model"))
+    with pytest.raises(ConfigurationError, match=r"batches of 32, and there are 31 training images"):
+        train(BASELINE, first(train_split, 31), validation_split)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_long_epochs_are_reported_within_and_a_resumed_ones_speed_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: int
+) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    callback = progress.Progress("fit", images=1000, batch_size=10, batches=100, epochs=2)
+    callback = progress.Progress("fit", images=1000, batch_size=10, batches=100, epochs=before + 2)
     callback.on_train_begin()
-    callback.on_epoch_begin(0)
+    callback.on_epoch_begin(before)
     with caplog.at_level(logging.INFO):
         for batch in range(20):
             now[0] += 1
             callback.on_train_batch_end(batch, {"loss": 1.5, "accuracy": 0.4})
-    assert [record.getMessage() for record in caplog.records] == [
-        f"fit: epoch 1/2, batch {n}/100: loss 1.500, accuracy 0.400; 10 images/s, about {200 - n} s left"
-        for n in (5, 10, 15, 20)
+        now[0] = 200
+        callback.on_epoch_end(before, {"loss": 1.0, "accuracy": 0.5, "val_loss": 1.0, "val_accuracy": 0.5})
+    said = "10 images/s, about {} s left"
+    *within, done = [record.getMessage() for record in caplog.records]
+    epoch = f"fit: epoch {before + 1}/{before + 2}"
+    assert within == [
+        f"{epoch}, batch {n}/100: loss 1.500, accuracy 0.400; {said.format(200 - n)}" for n in (5, 10, 15, 20)
     ]
+    assert done.startswith(f"{epoch} done")
+    assert done.endswith(said.format(100))
+
+
+def alike(one: TrainedModel, other: TrainedModel) -> None:
+    """The same training but for the order of sums."""
+    for mine, its in zip(figures(one), figures(other), strict=True):
+        for left, right in zip(mine, its, strict=True):
+            assert left == pytest.approx(right, rel=2e-3, abs=1e-4)
+    for left, right in zip(one.model.weights, other.model.weights, strict=True):
+        assert np.abs(np.asarray(left) - np.asarray(right)).max() < 5e-4, left.path
 
 
 def test_vgg16_trains_in_two_stages_and_the_cache_changes_nothing(
-    tiny_vgg16: TrainedModel, train_split: Split, validation_split: Split
+    train_split: Split, validation_split: Split, vgg16_features: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ways from the same seed: frozen blocks run once per image, and every image through every layer."""
-    few, held_out, cached = first(train_split, 64), first(validation_split, 32), tiny_vgg16
+    few, held_out = first(train_split, 64), first(validation_split, 32)
+    # XLA draws other dropouts from the same seed, so neither is compiled.
+    monkeypatch.setattr(kernels, "worth_compiling", lambda *_: False)
+    cached = train(TINY_VGG16, few, held_out, Weights("random"), features=vgg16_features)
+    end_to_end(monkeypatch)
+    whole = train(TINY_VGG16, few, held_out, Weights("random"))
+    assert [stage.cached_from for stage in cached.stages] == ["flatten", "block4_pool"]
+    assert [stage.cached_from for stage in whole.stages] == [None, None]
+    assert [stage.name for stage in cached.stages] == [stage.name for stage in whole.stages] == ["head", "top"]
+    assert [s.trainable_parameters for s in cached.stages] == [s.trainable_parameters for s in whole.stages]
+    alike(cached, whole)
+
+
+def test_vgg16_compiled_trains_as_it_does_uncompiled(
+    train_split: Split, validation_split: Split, vgg16_features: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = TINY_VGG16.with_overrides({"model.dropout": 0.0})
+    asked = recipe, first(train_split, 64), first(validation_split, 32), Weights("random")
+    compiled = train(*asked, features=vgg16_features)
+    monkeypatch.setattr(kernels, "worth_compiling", lambda *_: False)
+    alike(compiled, train(*asked, features=vgg16_features))
+
+
+def test_only_what_a_recipe_unfreezes_learns(tiny_vgg16: TrainedModel) -> None:
+    keras.utils.set_random_seed(TINY_VGG16.seed)
+    before = build(TINY_VGG16.model, Weights("random"))
+    changed = {
+        old.path
+        for old, new in zip(before.weights, tiny_vgg16.model.weights, strict=True)
+        if not np.array_equal(old, new)
+    }
+    learned = ("block5_conv1", "block5_conv2", "block5_conv3", "dense", "probabilities")
+    assert changed == {f"{name}/{kind}" for name in learned for kind in ("kernel", "bias")}
+    head, top = tiny_vgg16.stages
+    assert [head.learning_rate, top.learning_rate] == [0.003, 0.0001]
+    assert top.trainable_parameters - head.trainable_parameters == 3 * (3 * 3 * 512 * 512 + 512)
+    assert tiny_vgg16.weights == "RANDOM WEIGHTS"
+
+
+def gradients(what: Trainable, state: list[np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients of the first training batch, from the given state of the model and its dropouts."""
+    assign(what.model.variables, state)
+    inputs, labels = what.train[0]
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(labels, what.network(inputs, training=True)))
+    variables = what.network.trainable_variables
+    found = tape.gradient(loss, [variable.value for variable in variables])
+    return float(loss), {variable.path: np.asarray(slope) for variable, slope in zip(variables, found, strict=True)}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_gradients_behind_a_frozen_front_are_those_of_the_whole_model(
+    stage: int,
+    train_split: Split,
+    validation_split: Split,
+    vgg16_features: FeatureCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     keras.utils.set_random_seed(TINY_VGG16.seed)
     model = build(TINY_VGG16.model, Weights("random"))
-    before = {name: model.get_layer(name).get_weights() for name in BASE_LAYERS}
-    whole = fine_tuning._end_to_end(
-        model, TINY_VGG16, Labelled(few.images, few.labels), Labelled(held_out.images, held_out.labels), None
-    )
-    assert [stage.name for stage in cached.stages] == [stage.name for stage in whole] == ["head", "top"]
-    for one, other in zip(cached.stages, whole, strict=True):
-        assert one.trainable_parameters == other.trainable_parameters
-        for left, right in zip(one.epochs, other.epochs, strict=True):
-            assert left == pytest.approx(right, rel=2e-3, abs=1e-4)
-    for layer in cached.model.layers:
-        for left, right in zip(layer.get_weights(), model.get_layer(layer.name).get_weights(), strict=True):
-            assert np.abs(left - right).max() < 5e-4, layer.name
-    changed = {
-        name
-        for name, old in before.items()
-        if old and not np.array_equal(old[0], cached.model.get_layer(name).get_weights()[0])
-    }
-    assert changed == {"block5_conv1", "block5_conv2", "block5_conv3"}
-    assert [stage.learning_rate for stage in cached.stages] == [0.003, 0.0001]
-    assert cached.weights == "RANDOM WEIGHTS"
-    convolutions = 3 * (3 * 3 * 512 * 512 + 512)
-    assert cached.stages[1].trainable_parameters - cached.stages[0].trainable_parameters == convolutions
+    data = first(train_split, 64), first(validation_split, 32)
+    run = fit._Run(model, TINY_VGG16, *data, vgg16_features)
+    state = read(model.variables)
+    loss, cached = gradients(run.prepare(TINY_VGG16.stages[stage]), state)
+    end_to_end(monkeypatch)
+    other_loss, whole = gradients(run.prepare(TINY_VGG16.stages[stage]), state)
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    assert cached.keys() == whole.keys()
+    assert len(cached) == (4 if stage == 0 else 10)
+    for path, slope in cached.items():
+        assert np.abs(slope).max() > 0, path
+        assert np.abs(slope - whole[path]).max() <= 1e-4 * np.abs(whole[path]).max(), path
 
 
-def test_stages_unfreeze_exactly_the_top_four() -> None:
-    model = build(TINY_VGG16.model, Weights("random"))
-    fine_tuning.freeze_base(model)
-    assert not any(model.get_layer(name).trainable for name in BASE_LAYERS)
-    fine_tuning.unfreeze_top(model)
-    assert {n for n in BASE_LAYERS if model.get_layer(n).trainable} == set(TOP_LAYERS)
-    assert TOP_LAYERS == ("block5_conv1", "block5_conv2", "block5_conv3", "block5_pool")
-
-
-def test_augmentation_sends_every_epoch_through_the_whole_model(
-    train_split: Split, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"augmentation": {"flip": True, "shift": 3, "cutout": 8, "views": 2}}, id="views"),
+        pytest.param({"label_smoothing": 0.1, "weight_averaging": 0.5}, id="soft labels and a mean of weights"),
+    ],
+)
+def test_a_baseline_with_a_frozen_front_trains_as_end_to_end(
+    changes: dict[str, Any],
+    train_split: Split,
+    validation_split: Split,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    asked: list[tuple[object, str, bool]] = []
+    """Normalisation in the front keeps its statistics; dropout behind it drops the same; each epoch has its view."""
+    recipe = BASELINE.with_overrides(
+        {"stages.fit.epochs": 3, "stages.fit.unfreeze_from": "block2_conv1", "optimizer.name": "sgd"} | changes
+    )
+    data = first(train_split, 96), first(validation_split, 40)
+    cached = train(recipe, *data, features=FeatureCache(tmp_path, 2**30))
+    made = {path.name for path in tmp_path.iterdir()}
+    assert len(made) == 1 + max(recipe.augmentation.views, 1)
+    end_to_end(monkeypatch)
+    whole = train(recipe, *data)
+    assert [cached.stages[0].cached_from, whole.stages[0].cached_from] == ["block1_pool", None]
+    for left, right in zip(figures(cached)[0], figures(whole)[0], strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+    for left, right in zip(cached.model.weights, whole.model.weights, strict=True):
+        assert np.allclose(left, right, atol=1e-4), left.path
 
-    def record(model: object, name: str, *_: object, augment: object, **__: object) -> None:
-        asked.append((model, name, augment is not None))
 
-    monkeypatch.setattr(fine_tuning, "run_stage", record)
-    model = build(TINY_VGG16.model, Weights("random"))
-    data = Labelled(train_split.images, train_split.labels)
-    fine_tuning.fine_tune(model, TINY_VGG16.with_overrides(flip=True, shift=2), data, data)
-    assert asked == [(model, "head", True), (model, "top", True)]
+def test_only_a_front_that_is_the_same_in_every_epoch_is_cached(train_split: Split, tmp_path: Path) -> None:
+    def cut(unfreeze_from: str | None, **augmentation: object) -> str | None:
+        recipe = BASELINE.with_overrides(
+            {"stages.fit.unfreeze_from": unfreeze_from, "augmentation": augmentation or None}
+        )
+        data = first(train_split, 32)
+        run = fit._Run(build(recipe.model), recipe, data, data, FeatureCache(tmp_path, 2**30))
+        at = run._cut(recipe.stages[0])
+        return run._steps[at - 1].name if at else None
+
+    assert cut(None) is None
+    assert cut("block1_conv1") is None, "nothing that learns is in front of it"
+    assert cut("block1_norm1") == "block1_conv1"
+    assert cut("block2_conv1") == "block1_pool", "a dropout draws anew"
+    assert cut("dense") == "block1_pool"
+    assert cut("dense", flip=True) is None
+    assert cut("dense", mixup=0.2) is None
+    assert cut("dense", flip=True, views=1) == "block1_pool"
 
 
-def test_a_cut_chain_computes_the_same(train_split: Split) -> None:
-    keras.utils.set_random_seed(1)
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_trains_averages_and_gives_a_model_in_float32(
+    precision: str, train_split: Split, validation_split: Split
+) -> None:
+    recipe = BASELINE.with_overrides({"precision": precision, "weight_averaging": 0.5, "stages.fit.epochs": 3})
+    trained = train(recipe, train_split, validation_split)
+    assert keras.config.dtype_policy().name == "float32"
+    assert {layer.dtype_policy.name for layer in trained.model.layers} == {"float32"}
+    (stage,) = trained.stages
+    assert stage.epochs[stage.kept_epoch]["val_accuracy"] > 0.5
+    assert stage.epochs[-1]["loss"] < stage.epochs[0]["loss"]
+    # Computed in another precision, the kept weights give nearly what was measured.
+    assert loss_on(trained.model, validation_split) == pytest.approx(
+        stage.epochs[stage.kept_epoch]["val_loss"], rel=0.1
+    )
+
+
+def test_a_chain_is_told_from_what_is_none() -> None:
     model = build(BASELINE.model)
-    prefix, tail = split_at(model, "block1_pool")
-    images = train_split.images[:70]
-    features = extract(prefix, images, what="test", batch_size=32)
-    assert features.dtype == np.float32
-    assert np.allclose(tail.predict(features, verbose=0), model.predict(images, verbose=0), atol=1e-6)
+    assert [step.name for step in chain_of(model)][:3] == ["to_0_1", "block1_conv1", "block1_norm1"]
     fork = keras.layers.Add()(
         [model.get_layer("block1_pool").output, model.get_layer("block1_conv1").output[:, ::2, ::2]]
     )
     with pytest.raises(ValueError, match="not a chain"):
-        split_at(keras.Model(model.inputs, fork), "block1_pool")
+        chain_of(keras.Model(model.inputs, fork))
+
+
+def test_images_are_enlarged_inside_the_model() -> None:
+    model = build(Vgg16Spec(input_size=64, dense_units=8), Weights("random"))
+    assert model.input_shape == (None, 32, 32, 3)
+    assert model.get_layer("block1_conv1").output.shape == (None, 64, 64, 64)
+    assert model.get_layer("flatten").output.shape == (None, 2048)
 
 
 def test_batches_cover_every_image_once_and_follow_the_seed() -> None:
-    inputs, labels = np.arange(10, dtype=np.uint8)[:, None], np.arange(10)
-    batches = Batches(inputs, labels, 4, seed=1)
-    epochs = []
-    for _ in range(2):
-        parts = [batches[i] for i in range(batches.num_batches)]
-        assert all(np.array_equal(x[:, 0], y) for x, y in parts)
-        epochs.append(np.concatenate([y for _, y in parts]))
-        batches.on_epoch_end()
-    assert [len(y) for _, y in parts] == [4, 4, 2]
-    assert all(sorted(order) == list(range(10)) for order in epochs)
-    assert not np.array_equal(*epochs)
-    assert np.array_equal(np.concatenate([Batches(inputs, labels, 4, seed=1)[i][1] for i in range(3)]), epochs[0])
-    assert np.array_equal(Batches(inputs, labels, 4)[0][1], [0, 1, 2, 3])
-    with pytest.raises(ValueError, match="labels"):
-        Batches(inputs, labels[:3], 4)
+    labels = np.arange(10)
 
+    def make(index: np.ndarray, epoch: int, batch: int) -> dict[str, np.ndarray]:
+        return {"index": index, "of": np.full(len(index), 100 * epoch + batch)}
 
-def test_augmentation_moves_and_mirrors_whole_images() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
-    rng = np.random.default_rng(1)
-    assert np.array_equal(augment(images, rng, flip=False, shift=0), images)
-    flipped = augment(images, rng, flip=True, shift=0)
-    mirrored = [np.array_equal(new, old[:, ::-1]) for new, old in zip(flipped, images, strict=True)]
-    kept = [np.array_equal(new, old) for new, old in zip(flipped, images, strict=True)]
-    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
-    assert 60 < sum(mirrored) < 140
-    moved = augment(images, rng, flip=False, shift=4)
-    assert moved.dtype == np.uint8
-    for new, old in zip(moved, images, strict=True):
-        assert any(
-            np.array_equal(new[4:-4, 4:-4], old[4 + dy : 28 + dy, 4 + dx : 28 + dx])
-            for dy in range(-4, 5)
-            for dx in range(-4, 5)
-        )
+    batches = Batches(labels, 4, make, seed=1)
+    assert batches.num_batches == 3
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.epoch = epoch
+        parts = [batches[i] for i in range(3)]
+        assert all(np.array_equal(x["index"], y) for x, y in parts)
+        assert [set(x["of"]) for x, _ in parts] == [{100 * epoch}, {100 * epoch + 1}, {100 * epoch + 2}]
+        assert [len(y) for _, y in parts] == [4, 4, 2]
+        orders.append(np.concatenate([y for _, y in parts]))
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert not np.array_equal(orders[0], orders[1])
+    assert np.array_equal(orders[0], orders[2]), "an epoch's order depends on nothing but its number"
+    assert not np.array_equal(Batches(labels, 10, make, seed=2)[0][1], Batches(labels, 10, make, seed=1)[0][1])
+    assert np.array_equal(Batches(labels, 4, make)[0][1], [0, 1, 2, 3])
+    soft = Batches(labels, 4, make, soft=True)[0][1]
+    assert (soft.dtype, soft.shape) == (np.float32, (4, 10))
