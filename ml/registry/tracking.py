@@ -72,6 +72,12 @@ class Run:
             batch = entries[start : start + _METRICS_A_BATCH]
             self._write("Logging metrics", partial(self.client.log_batch, self.id, metrics=batch))
 
+    def steps_of(self, metric: str) -> set[int]:
+        """The epochs at which this figure was recorded; of a resumed run, before it was cut off too."""
+        found: list[Metric] = []
+        self._write("Reading metrics", lambda: found.extend(self.client.get_metric_history(self.id, metric)))
+        return {entry.step for entry in found}
+
     def log_tags(self, tags: Mapping[str, object]) -> None:
         """Adds tags, replacing those of the same key."""
         entries = [RunTag(key, str(value)) for key, value in tags.items()]

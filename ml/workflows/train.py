@@ -107,6 +107,7 @@ def train(
         folder = Path(scratch)
         position.run_id = run.id
         _log_request(run, manifest, recipe)
+        _log_epochs_cut_off(run, recipe, position)
         splits = _load(settings, dataset_id, recipe)
         run.log_params({f"images.{split}": len(content.labels) for split, content in splits.items()})
         try:
@@ -262,6 +263,20 @@ def _log_request(run: tracking.Run, manifest: Manifest, recipe: Recipe) -> None:
     run.log_dict(content, "recipe.json")
     stages = {stage.pop("name"): stage for stage in content.pop("stages")}
     run.log_params({**content, "stages": stages})
+
+
+def _log_epochs_cut_off(run: tracking.Run, recipe: Recipe, position: Position) -> None:
+    """Records what the checkpoint knows and MLflow does not: the process ended between the two."""
+    if position.epochs:
+        stage, epochs = recipe.stages[position.stage].name, position.epochs
+    elif position.finished:
+        stage, epochs = position.finished[-1]["name"], position.finished[-1]["epochs"]
+    else:
+        return
+    known = run.steps_of(f"{stage}/loss")
+    for epoch, figures in enumerate(epochs):
+        if epoch not in known:
+            run.log_metrics({f"{stage}/{key}": value for key, value in figures.items()}, step=epoch)
 
 
 def _measure_corrupted(
