@@ -15,18 +15,24 @@ from ml.training.fit import TrainedModel, train
 from ml.training.recipe import Recipe
 from tests.model.conftest import BASELINE, TINY_VGG16, figures, first
 
+STAGES = [
+    {"name": "fit", "epochs": 3, "learning_rate": 0.02, "schedule": "cosine", "warmup_epochs": 1.0},
+    {"name": "head", "epochs": 2, "learning_rate": 0.005, "unfreeze_from": "dense", "layer_decay": 0.5},
+]
 MANY = {
     "augmentation": {"flip": True, "shift": 2, "cutout": 6, "mixup": 0.2, "cutmix": 1.0},
     "label_smoothing": 0.1,
     "weight_averaging": 0.8,
     "optimizer": {"name": "adamw", "weight_decay": 0.05},
     "model.dropout": 0.4,
+    "stages": STAGES,
 }
-STAGES = [
-    {"name": "fit", "epochs": 3, "learning_rate": 0.02, "schedule": "cosine", "warmup_epochs": 1.0},
-    {"name": "head", "epochs": 2, "learning_rate": 0.005, "unfreeze_from": "dense", "layer_decay": 0.5},
-]
-VIEWS = {"augmentation": {"flip": True, "views": 2}, "optimizer": {"name": "sgd"}, "early_stopping": 1}
+VIEWS = {
+    "augmentation": {"flip": True, "views": 2},
+    "optimizer": {"name": "sgd"},
+    "early_stopping": 1,
+    "stages": STAGES,
+}
 
 
 class CutOffError(Exception):
@@ -69,7 +75,9 @@ def piecewise(recipe: Recipe, *data: Any, folder: Path, pieces: list[int], **mor
         # Saves: three epochs, the stage's end, two epochs, the stage's end.
         pytest.param(MANY, [2, 2, 1], id="everything"),
         pytest.param(MANY | {"keep_best_epoch": False}, [3, 3], id="the mean of the last weights"),
-        pytest.param(VIEWS | {"stages": STAGES}, [2, 2], id="views, momentum, early stopping"),
+        pytest.param(VIEWS, [2, 2], id="views, momentum, early stopping"),
+        # Keras wraps the optimizer: its scale of the loss is a part of where the training stands.
+        pytest.param({"precision": "mixed_float16", "weight_averaging": 0.5}, [1], id="loss scaling"),
     ],
 )
 def test_a_resumed_training_is_the_same_training(
@@ -79,7 +87,7 @@ def test_a_resumed_training_is_the_same_training(
     validation_split: Split,
     tmp_path: Path,
 ) -> None:
-    recipe = BASELINE.with_overrides({"stages": STAGES} | changes)
+    recipe = BASELINE.with_overrides(changes)
     data = first(train_split, 96), first(validation_split, 40)
     whole = train(recipe, *data)
     same(piecewise(recipe, *data, folder=tmp_path, pieces=pieces), whole)
