@@ -21,6 +21,7 @@ def in_a_folder_of_its_own(monkeypatch, tmp_path, mlflow_uri, database_url):
         "CIFAR10_SOURCE": "synthetic",
         "MLFLOW_TRACKING_URI": mlflow_uri,
         "MLOPS_DATABASE_URL": database_url,
+        "KERAS_BACKEND": "tensorflow",
     }.items():
         monkeypatch.setenv(name, value)
     return tmp_path
@@ -118,7 +119,8 @@ def test_a_training_takes_its_retraining_and_announces_the_candidate_with_its_re
     asked = {"dataset_id": older, "recipe": "demo", "retraining_id": retraining}
     run = dag_bag.dags["cifar10_train_baseline"].test(run_conf=asked)
     assert states(run) == {"choose": "success", "train": "success", "close_failed_retraining": "skipped"}
-    assert trained == [("baseline", asked | {"origin": f"cifar10_train_baseline/{run.run_id}"})]
+    origin = f"cifar10_train_baseline/{run.run_id}"
+    assert trained == [("baseline", asked | {"origin": origin, "resume": "no"})]
     assert newest_event("cifar10://candidate/baseline") == asked | {"version": 7}
     assert retraining_row() == (True, False, None)  # the gate closes it
 
@@ -131,8 +133,21 @@ def test_a_training_that_was_asked_for_nothing_takes_the_newest_dataset_and_the_
     assert run.state == "success"
     wanted = {"dataset_id": stored.dataset_id, "recipe": "report"}
     origin = f"cifar10_finetune_vgg16/{run.run_id}"
-    assert trained == [("vgg16", wanted | {"retraining_id": None, "origin": origin})]
+    assert trained == [("vgg16", wanted | {"retraining_id": None, "origin": origin, "resume": "no"})]
     assert newest_event("cifar10://candidate/vgg16") == wanted | {"version": 7}
+
+
+@pytest.mark.parametrize("dag_id", ["cifar10_train_baseline", "cifar10_finetune_vgg16"])
+def test_only_a_retry_goes_on_where_the_attempt_before_was_cut_off(dag_bag, in_a_folder_of_its_own, trained, dag_id):
+    task = dag_bag.dags[dag_id].get_task("train")
+    (candidate,) = task.outlets
+    for attempt in (1, 2, 3):
+        events = {candidate: SimpleNamespace(extra=None)}
+        request = {"dataset_id": "ds-0", "recipe": "demo", "retraining_id": None}
+        task.python_callable(request, run_id="r", ti=SimpleNamespace(try_number=attempt), outlet_events=events)
+        assert events[candidate].extra == request | {"version": 7}
+    assert [asked["resume"] for _, asked in trained] == ["no", "if there", "if there"]
+    assert {asked["origin"] for _, asked in trained} == {f"{dag_id}/r"}, "one run at a time of one origin"
 
 
 def test_a_retraining_that_fails_is_closed_and_the_run_is_not_green(dag_bag, retraining, retraining_row):
