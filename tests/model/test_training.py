@@ -314,6 +314,35 @@ def test_mixed_precision_trains_averages_and_gives_a_model_in_float32(
     )
 
 
+@pytest.mark.parametrize("views", [0, 2])
+def test_every_epoch_has_its_own_order_and_its_own_draws_or_its_view(
+    views: int, train_split: Split, validation_split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, np.ndarray, np.ndarray]] = []
+    read_batch = Batches.__getitem__
+
+    def recorded(batches: Batches, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        inputs, labels = read_batch(batches, index)
+        if batches.num_batches == 2:  # the training's
+            seen.append((batches.epoch, inputs["index"], inputs["flip"]))
+        return inputs, labels
+
+    monkeypatch.setattr(Batches, "__getitem__", recorded)
+    recipe = BASELINE.with_overrides({"augmentation": {"flip": True, "views": views}, "stages.fit.epochs": 3})
+    train(recipe, first(train_split, 64), first(validation_split, 20))
+    _peek, *read_in_turn = seen
+    assert [epoch for epoch, _, _ in read_in_turn] == [0, 0, 1, 1, 2, 2]
+    orders, flips = [], []
+    for epoch in range(3):
+        index, flip = (np.concatenate([part[i] for part in read_in_turn if part[0] == epoch]) for i in (1, 2))
+        assert sorted(index) == list(range(64))
+        orders.append(index.tolist())
+        flips.append(flip[np.argsort(index)].tolist())
+    assert len({tuple(order) for order in orders}) == 3
+    assert flips[0] != flips[1]
+    assert (flips[0] == flips[2]) == bool(views)
+
+
 def test_a_chain_is_told_from_what_is_none() -> None:
     model = build(BASELINE.model)
     assert [step.name for step in chain_of(model)][:3] == ["to_0_1", "block1_conv1", "block1_norm1"]
