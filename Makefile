@@ -5,7 +5,8 @@ INSTALLED := .venv/installed
 PYTEST := $(BIN)/python -m pytest
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo up down env images test test-services test-stack compose-test check format clean requirements
+.PHONY: help install demo up down env images test test-services test-stack compose-test check format clean requirements \
+	bench bench-train
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -51,6 +52,11 @@ test-stack: $(INSTALLED)
 # Not among the tests above: half an hour, and a Docker engine with its Compose.
 compose-test: $(INSTALLED) ## The system in containers, from nothing: start, loop, restarts, outages, removal; prints the times
 	$(PYTEST) tests/compose -s -x
+
+bench: bench-train ## All benchmarks, one after the other; leave the machine to them
+
+bench-train: $(INSTALLED) ## Training against Keras' own fit: speed, memory, accuracy (about ten minutes)
+	$(BIN)/python -m benchmarks.training
 
 check: $(INSTALLED) ## Lint, format, types, layers
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""What the system's speed and detection are worth, measured: each module writes one file of `benchmarks/results`."""
