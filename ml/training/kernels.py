@@ -8,8 +8,8 @@ What Keras calls on TensorFlow is not always what a CPU does best. Measured on t
   convolution's kernels are made for large images. As one matrix product per output pixel nothing is wasted, and XLA,
   whose CPU convolutions are many times slower than oneDNN's, can compile the whole step: Adam's dozen passes over
   7 million moments become one.
-- XLA therefore pays where no convolution is left, and costs a factor of five where one is; Keras' `jit_compile="auto"`
-  takes it always.
+- XLA therefore pays where no convolution is left, and costs a factor of five where one is. Keras' `jit_compile="auto"`
+  takes it nowhere on TensorFlow with CPUs alone, and everywhere else.
 """
 
 from typing import Any
