@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 UNKNOWN = "unknown"
-PACKAGES = ("tensorflow", "keras", "onnxruntime", "numpy", "mlflow", "scikit-learn", "scipy", "evidently")
+PACKAGES = ("tensorflow", "keras", "jax", "onnxruntime", "numpy", "mlflow", "scikit-learn", "scipy", "evidently")
 """The distributions whose versions can change a result."""
 
 
