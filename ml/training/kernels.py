@@ -1,15 +1,14 @@
 """The same layers, computed faster: wrappers that share a layer's variables and give what it gives.
 
-What Keras calls on TensorFlow is not always what a CPU does best. Measured on two cores (`make bench-train`):
+What Keras calls on TensorFlow is not always what a CPU does best. Measured on two cores:
 
 - Batch normalisation: Keras 3 writes it as a dozen small operations, each a pass over the activations; TensorFlow has
-  one fused kernel for it, forward and backward. A third of the baseline's step.
+  one fused kernel for it, forward and backward. A quarter of the baseline's step.
 - 3x3 convolutions of 2x2 images (VGG16's block 5 at 32 pixels): 20 of the 36 products are with padding, and the
-  convolution's kernels are made for large images. As one matrix product per output pixel nothing is wasted, and XLA,
-  whose CPU convolutions are many times slower than oneDNN's, can compile the whole step: Adam's dozen passes over
-  7 million moments become one.
-- XLA therefore pays where no convolution is left, and costs a factor of five where one is. Keras' `jit_compile="auto"`
-  takes it nowhere on TensorFlow with CPUs alone, and everywhere else.
+  convolution's kernels are made for large images. As one matrix product per output pixel nothing is wasted, and no
+  convolution is left, so that XLA can compile the whole step: Adam's dozen passes over 7 million moments become one.
+- XLA is good for that and for nothing with a real convolution in it: its CPU convolutions are some five times slower
+  than oneDNN's. Keras' `jit_compile="auto"` takes it never on a machine with CPUs alone.
 """
 
 from typing import Any
