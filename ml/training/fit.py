@@ -148,11 +148,9 @@ class _Run:
             return 0
         names = [step.name for step in self._steps]
         first = names.index(stage.unfreeze_from)
-        while first and isinstance(self._steps[first - 1], layers.Dropout):
-            first -= 1
-        front = self._steps[:first]
-        if any(isinstance(step, layers.Dropout) for step in front):
-            first = next(i for i, step in enumerate(front) if isinstance(step, layers.Dropout))
+        # What a dropout leaves differs each time, so the front ends before the first that does anything.
+        drops = (i for i, step in enumerate(self._steps[:first]) if isinstance(step, layers.Dropout) and step.rate)
+        first = next(drops, first)
         learned = set(self._recipe.model.learning_layers)
         return first if learned & set(names[:first]) else 0
 

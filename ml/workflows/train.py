@@ -208,7 +208,9 @@ def train_by_name(
 
 
 def _tags(manifest: Manifest, recipe: Recipe, weights: Weights | None) -> dict[str, str]:
+    gpu = runtime.gpu()
     return {
+        **({"hardware.gpu": gpu} if gpu else {}),
         "architecture": recipe.architecture,
         "recipe": recipe.name,
         "recipe.digest": recipe.digest,
