@@ -57,7 +57,7 @@ def plain(job: Mapping[str, Any], say: Say) -> None:
 
     `images_per_second` is of the whole call, which is what one waits for. `between_batches` is from the end of the
     first batch to the end of the last, without what Keras does around an epoch: there its tf.data pipeline's destructor
-    waits for a tuner that sleeps in doubling steps, so that the call takes up to twice as long, by chance of its length.
+    waits for a tuner that sleeps in doubling steps, so that a call takes up to twice as long, by chance of length.
     """
     images, labels = _data(job, job["images"])
     recipe = _recipe(job)
