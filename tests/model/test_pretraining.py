@@ -95,7 +95,8 @@ def test_a_place_that_cannot_be_written_is_said(base: keras.Model, tmp_path: Pat
         save_base(base, tmp_path / "file" / "x.weights.h5", ORIGIN)
 
 
-def test_the_shipped_recipe_is_of_a_base() -> None:
-    recipe = parse_recipe(read_toml(PRETRAINING_RECIPE), origin="shipped")
+@pytest.mark.parametrize("path", sorted(PRETRAINING_RECIPE.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes_are_of_a_base(path: Path) -> None:
+    recipe = parse_recipe(read_toml(path), origin="shipped")
     assert isinstance(recipe, Vgg16BaseRecipe)
-    assert recipe.optimizer.weight_decay > 0
+    assert recipe.name == path.stem
