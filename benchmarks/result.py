@@ -1,4 +1,4 @@
-"""What every benchmark writes: its figures, the targets that were asked for, and where all of it was measured.
+"""What every benchmark writes: its figures, its targets, and where all of it was measured.
 
 Owns the shape of `benchmarks/results/<name>.json`; how a figure comes about is each benchmark's.
 """
@@ -23,7 +23,7 @@ _OPERATORS = {">=": operator.ge, "<=": operator.le}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound that was asked for, and the value that was measured."""
+    """A bound, and the value that was measured."""
 
     name: str
     value: float

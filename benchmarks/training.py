@@ -35,7 +35,11 @@ from ml.training.recipe import Recipe, load_recipe
 logger = logging.getLogger("benchmarks.training")
 
 VGG16_BOUND, BASELINE_BOUND = 8.0, 1.3
-"""Times Keras' `fit` with its defaults, as it was asked for."""
+"""Times Keras' `fit` with its defaults."""
+ACCURACY_BOUND = 0.03
+"""Two standard errors or so of the difference between means over three seeds, on a thousand images."""
+CACHE_BOUND = 0.01
+"""The two ways compute the same in another order, and XLA draws other dropouts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,6 @@ class Bench:
                     found[kind].append(sample["accuracies"])
         mine, theirs = ([mean(epochs) for epochs in found[kind]] for kind in ("accuracy_ours", "accuracy_plain"))
         difference = mean(mine) - mean(theirs)
-        bound = max(max(means) - min(means) for means in (mine, theirs))
         figures = {
             "images": plan.learning_images,
             "validation_images": plan.learning_images // 3,
@@ -250,10 +253,10 @@ class Bench:
             "mean_over_epochs_and_seeds": {"ours": mean(mine), "keras_fit": mean(theirs), "difference": difference},
             "range_over_seeds": {"ours": max(mine) - min(mine), "keras_fit": max(theirs) - min(theirs)},
         }
-        name = "baseline, validation accuracy per epoch: distance from plain Keras fit, within the range over seeds"
-        return figures, Target(name, abs(difference), "<=", bound)
+        name = "baseline, validation accuracy per epoch: distance from plain Keras fit"
+        return figures, Target(name, abs(difference), "<=", ACCURACY_BOUND)
 
-    def cache_changes_nothing(self) -> dict[str, object]:
+    def cache_changes_nothing(self) -> tuple[dict[str, object], Target]:
         """VGG16's second stage from one seed, on cached features and end to end."""
         plan = self._plan
         recipe = self._top(3).with_overrides({"stages.top.learning_rate": 1e-4})
@@ -265,7 +268,7 @@ class Bench:
         with contending("the cached tail", job) as contender:
             cached = contender.sample()
             whole = contender.then({**job, "end_to_end": True})
-        return {
+        figures = {
             "images": plan.end_to_end_images,
             "validation_images": job["validation"],
             "cached_from": cached["cached_from"],
@@ -273,6 +276,8 @@ class Bench:
             "cached": {"validation_accuracy": cached["accuracies"], "validation_loss": cached["losses"]},
             "end_to_end": {"validation_accuracy": whole["accuracies"], "validation_loss": whole["losses"]},
         }
+        name = "VGG16 stage 2, validation accuracy: distance of the cached training from end to end"
+        return figures, Target(name, abs(cached["accuracies"][-1] - whole["accuracies"][-1]), "<=", CACHE_BOUND)
 
     def _top(self, epochs: int) -> Recipe:
         """VGG16's second stage alone."""
@@ -350,6 +355,7 @@ def run(plan: Plan, data: Path, kind: str) -> Result:
     vgg16, vgg16_ratios = bench.vgg16()
     baseline, baseline_ratios = bench.baseline()
     accuracies, equal = bench.accuracies()
+    cached, same = bench.cache_changes_nothing()
     return Result(
         name="training",
         n=min(len(vgg16_ratios), len(baseline_ratios)),
@@ -358,7 +364,7 @@ def run(plan: Plan, data: Path, kind: str) -> Result:
             "vgg16_stage_2": vgg16,
             "baseline": baseline,
             "baseline_accuracy": accuracies,
-            "vgg16_stage_2_cached_or_end_to_end": bench.cache_changes_nothing(),
+            "vgg16_stage_2_cached_or_end_to_end": cached,
             "growth": bench.growth(),
         },
         targets=(
@@ -375,6 +381,7 @@ def run(plan: Plan, data: Path, kind: str) -> Result:
                 BASELINE_BOUND,
             ),
             equal,
+            same,
         ),
     )
 
@@ -382,7 +389,7 @@ def run(plan: Plan, data: Path, kind: str) -> Result:
 def save_images(folder: Path, count: int, quick: bool) -> str:
     """Writes `count` training images for the contenders to map, outside the repository; says what they are."""
     settings = load_settings()
-    if quick or settings.cifar10_source in ("auto", "synthetic"):
+    if quick or settings.cifar10_source == "synthetic":
         raw = synthetic.generate(train=count, test=10)
     else:
         raw = load_cifar10(settings.cifar10_source, settings.cache_dir, allow_stand_in=False)
