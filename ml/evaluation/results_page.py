@@ -135,8 +135,12 @@ class Row:
 
     @property
     def accuracies(self) -> tuple[float, ...]:
-        """Test accuracy of each run that has one, newest first."""
-        return tuple(run.test_accuracy for run in self.runs if run.test_accuracy is not None)
+        """Test accuracy of each seed, of its newest run that has one, newest first."""
+        newest: dict[str, float] = {}
+        for run in self.runs:
+            if run.test_accuracy is not None:
+                newest.setdefault(run.seed, run.test_accuracy)
+        return tuple(newest.values())
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -240,7 +244,7 @@ def judge(target: Target, rows: Sequence[Row]) -> tuple[str, str]:
     row = max(fitting, key=lambda row: row.newest.started_at)
     reached = fmean(row.accuracies)
     runs = len(row.accuracies)
-    spread = f"mean of {runs} runs, {min(row.accuracies):.4f} to {max(row.accuracies):.4f}" if runs > 1 else "one run"
+    spread = f"mean of {runs} seeds, {min(row.accuracies):.4f} to {max(row.accuracies):.4f}" if runs > 1 else "one run"
     test = row.evidence.test
     n = f", n = {test.n}" if test else ""
     return f"{reached:.4f} ({spread}{n})", "holds" if reached >= target.bound else "does not hold"
@@ -273,6 +277,7 @@ def render(rows: Sequence[Row], pretraining: Sequence[Pretrained] = ()) -> str:
         *_warnings(rows),
         "## Targets",
         _targets(rows),
+        _surroundings(rows),
         "## Test split",
         _TEST_NOTES,
         _test_table(main),
@@ -305,14 +310,16 @@ _HEADER = """# Results
 
 This page is written by `cifar10 results` from the runs in MLflow, not by hand; run that again after a training.
 
-The test split had no part in choosing: epochs, settings and recipes were chosen on the validation split, and the test
-split was measured once per run, on the exported file that is served. In brackets stands the 95 % interval."""
+The test split had no part in choosing: the epoch that is kept, an early stop and the trials of a search go by the
+validation split, and the test split is measured once per run, on the exported file that is served. In brackets stands
+the 95 % interval."""
 
 _TEST_NOTES = """\
 Accuracy has Wilson's interval. Loss is the mean cross-entropy in nats. Precision and recall are means over the ten
 classes. The calibration error is the expected one of Guo et al. 2017, in 15 bins. Under corruption: the mean over the
-cells, each one of the fifteen corruptions of CIFAR-10-C (Hendrycks & Dietterich 2019) at one of five severities, on as
-many test images as the cell says; the interval counts images, not cells."""
+cells, each one of the fifteen corruptions of Hendrycks & Dietterich 2019 at one of five severities, with CIFAR-10-C's
+parameters, on as many test images as the cell says; the interval counts images, not cells. The corrupted images are our
+own (`ml/evaluation/corruptions`), with frost drawn and not photographed: compare models by them, not with the paper."""
 
 _STAGE_NOTES = """\
 Of the epoch that each stage kept. The train accuracy is what the model scored while it learned from that epoch, with
@@ -335,6 +342,18 @@ def _targets(rows: Sequence[Row]) -> str:
         weights = " with ImageNet weights" if target.weights == IMAGENET else ""
         lines.append((f"{target.architecture} `best`{weights}: test accuracy ≥ {target.bound:.2f}", reached, verdict))
     return _table(("target", "reached", "verdict"), lines)
+
+
+def _surroundings(rows: Sequence[Row]) -> str:
+    """What the runs of this page had, and so what it cannot show."""
+    hardware = sorted({run.hardware for row in rows for run in row.runs if run.hardware})
+    weights = {run.weights for row in rows for run in row.runs if run.architecture == "vgg16"}
+    said = [f"All runs of this page were made on: {'; '.join(hardware)}."] if hardware else []
+    if rows and not any("gpu" in machine.lower() for machine in hardware):
+        said.append("No accelerator was at hand: `vgg16 best`, which is made for one, was not run at its full length.")
+    if weights and IMAGENET not in weights:
+        said.append("ImageNet's weights could not be had: rows of VGG16 say what they started from instead.")
+    return " ".join(said) or "There are no runs yet."
 
 
 def _test_table(rows: Sequence[Row]) -> str:

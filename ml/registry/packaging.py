@@ -114,7 +114,8 @@ def register(
             **{metric_tag(name): repr(float(value)) for name, value in metrics.items()},
             **{versions.checksum_tag(name): file_digest(Path(path)) for name, path in staged.items()},
         }
-        created = _create(
+        # A training that was cut off after this, and resumed, comes here a second time with the same model.
+        created = _registered(run, tags[versions.checksum_tag(versions.ONNX_FILE)]) or _create(
             run,
             artifacts=staged,
             input_example=input_example,
@@ -192,6 +193,19 @@ def _stage(sources: Mapping[str, Path], card: str, folder: Path) -> dict[str, st
     (folder / versions.CARD_FILE).write_text(card)
     staged[versions.CARD_FILE] = str(folder / versions.CARD_FILE)
     return staged
+
+
+def _registered(run: Run, onnx_checksum: str) -> MlflowVersion | None:
+    """The version that this run has registered already of the very same ONNX file; None where there is none."""
+
+    def find() -> MlflowVersion | None:
+        with asking(run.tracking_uri):
+            for item in run.client.search_model_versions(f"run_id = '{run.id}'"):
+                if item.tags.get(versions.checksum_tag(versions.ONNX_FILE)) == onnx_checksum:
+                    return item
+        return None
+
+    return patiently(find, what="Looking for the run's version", seconds=run.patience_seconds)
 
 
 def _create(

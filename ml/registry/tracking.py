@@ -217,7 +217,7 @@ def mark(settings: Settings, run_id: str, tags: Mapping[str, object]) -> None:
 
 def _unfinished(client: MlflowClient, tracking_uri: str, experiment_id: str, run_id: str) -> MlflowRun:
     """The run of that id as it stands, if it can be gone on with."""
-    anew = "leave the run id out, and train it anew."
+    anew = "train it anew (without --resume)."
     try:
         with asking(tracking_uri):
             found = client.get_run(run_id)

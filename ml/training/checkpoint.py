@@ -5,12 +5,16 @@ generators, the optimizer's moments and step), so that a training that was cut o
 figures of one that was not.
 """
 
+import fcntl
 import hashlib
 import io
 import json
 import logging
+import resource
+import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,10 @@ class Position:
     """Figures of this stage's epochs so far."""
     seconds: float = 0.0
     """Of this stage's training so far."""
+    wall_seconds: float = 0.0
+    """Of the processes that were cut off, until their last checkpoint."""
+    peak_memory_mib: float = 0.0
+    """The most that any of them held."""
     model: list[np.ndarray] = field(default_factory=list)
     optimizer: list[np.ndarray] = field(default_factory=list)
     best: list[np.ndarray] = field(default_factory=list)
@@ -50,6 +58,33 @@ class Checkpoint:
         self.identity = dict(identity)
         name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"{name}.npz"
+        self._began = time.monotonic()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For the length of a training, so that no second process trains the same beside it.
+
+        Raises:
+            TrainingError: one does.
+            StorageError: the folder cannot be written.
+        """
+        lock = self.path.with_suffix(".lock")
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("w")
+        except OSError as error:
+            raise StorageError(
+                f"{lock} could not be made: {error}.", fix="see that its folder may be written."
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainingError(
+                    "Another process trains this recipe with this seed on this dataset right now.",
+                    fix="wait until it ends, or give another --seed.",
+                ) from error
+            yield
 
     def save(self, position: Position) -> None:
         """Replaces what is there.
@@ -65,6 +100,8 @@ class Checkpoint:
         facts = {
             "identity": self.identity,
             **{key: getattr(position, key) for key in ("run_id", "stage", "finished", "epochs", "seconds")},
+            "wall_seconds": self.wall_seconds(position),
+            "peak_memory_mib": self.peak_memory_mib(position),
         }
         content = io.BytesIO()
         np.savez(content, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
@@ -74,6 +111,14 @@ class Checkpoint:
             raise StorageError(
                 f"The checkpoint {self.path} could not be written: {error}.", fix="free some space there."
             ) from error
+
+    def wall_seconds(self, position: Position) -> float:
+        """Of the whole training until now, the processes before this one included."""
+        return position.wall_seconds + time.monotonic() - self._began
+
+    def peak_memory_mib(self, position: Position) -> float:
+        """The most memory that this process or one before it held."""
+        return max(position.peak_memory_mib, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
     def load(self) -> Position | None:
         """What was saved last; None where nothing was.

@@ -90,6 +90,9 @@ class FeatureCache:
         draft = path.with_suffix(f".{os.getpid()}.draft")
         try:
             array = np.lib.format.open_memmap(draft, mode="w+", dtype=np.float32, shape=shape)
+            with draft.open("r+b") as file:
+                # All of it now: a mapped page that finds the disk full ends the process, and this raises.
+                os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
             fill(array)
             array.flush()
             draft.replace(path)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import keras
@@ -21,7 +21,7 @@ from ml.datasets.manifest import Split
 from ml.models.catalog import build
 from ml.models.chain import chain_of
 from ml.models.vgg16_weights import Weights
-from ml.training import batches, kernels
+from ml.training import batches, kernels, runtime
 from ml.training.augmentation import AugmentedImages, Draws, draw, neutral
 from ml.training.checkpoint import Checkpoint, Position, assign, read
 from ml.training.feature_cache import FeatureCache, digest_of_array, digest_of_layers, key_of, progress
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 _EXTRACTION_BATCH = 256
 _VALIDATION_BATCH = 256
 _TEMPORARY_BUDGET = 16 * 2**30
+_FEATURES_FORMAT = "1"
+"""Another one with every change of how images are drawn or passed through, so that old features are not taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ def train(
     checkpoint: Checkpoint | None = None,
     position: Position | None = None,
 ) -> TrainedModel:
-    """Trains one model. The same recipe, data, machine and backend give the same model.
+    """Trains one model. The same recipe, data, machine and backend give the same model, bit for bit on a CPU; on an
+    accelerator as far as the backend's kernels do.
 
     Args:
         recipe: the baseline's or VGG16's.
@@ -92,6 +95,7 @@ def train(
         stack.callback(keras.config.set_dtype_policy, "float32")
         model = build(recipe.model, weights)
         run = _Run(model, recipe, train_split, validation_split, features)
+        run.refuse_unless_features_fit()
         position = position or Position(run_id="")
         if position.model:
             assign(model.variables, position.model)
@@ -128,12 +132,26 @@ class _Run:
         self._digests: dict[str, str] = {}
         # Deeper features are made of shallower ones, so that no image passes a layer twice.
         self._cuts = sorted({cut for stage in recipe.stages if (cut := self._cut(stage))})
+        self._fronts: dict[tuple[int, str], keras.Model] = {}
+
+    def refuse_unless_features_fit(self) -> None:
+        """Raises ConfigurationError where a stage needs more features at one time than there may be."""
+        views = max(self._recipe.augmentation.views, 1)
+        for cut in self._cuts:
+            size = 4 * int(np.prod(self._steps[cut - 1].output.shape[1:]))
+            rows = views * len(self._train.labels) + len(self._validation.labels)
+            self._features.refuse_unless_it_holds(size * rows)
 
     def prepare(self, stage: Stage) -> Trainable:
         """Freezes the layers and makes the network and the batches that the stage trains on."""
         self._freeze(stage)
         cut = self._cut(stage)
-        return self._on_features(cut) if cut else self._on_images()
+        # Epochs count through all stages, so that no stage repeats the order and the draws of another.
+        stages = self._recipe.stages
+        first_epoch = sum(earlier.epochs for earlier in stages[: stages.index(stage)])
+        made = self._on_features(cut) if cut else self._on_images()
+        self._fronts.clear()  # each holds a table of images
+        return replace(made, first_epoch=first_epoch)
 
     def _freeze(self, stage: Stage) -> None:
         names = self._recipe.model.learning_layers
@@ -193,8 +211,6 @@ class _Run:
         recipe = self._recipe
         views = max(recipe.augmentation.views, 1)
         shape = self._steps[cut - 1].output.shape
-        size = 4 * int(np.prod(shape[1:]))
-        self._features.refuse_unless_it_holds(size * (views * len(self._train.labels) + len(self._validation.labels)))
         train = [self._extract(cut, self._train, "training", view) for view in range(views)]
         validation = self._extract(cut, self._validation, "validation", None)
         tail = self._steps[cut:]
@@ -229,7 +245,8 @@ class _Run:
             self._digest(which, split),
             drawn if augmentation.changes_images else "as they are",
             recipe.precision,
-            keras.backend.backend(),
+            runtime.computed_by(),
+            _FEATURES_FORMAT,
         )
         shape = (len(split.labels), *self._steps[cut - 1].output.shape[1:])
 
@@ -241,7 +258,7 @@ class _Run:
                 front = keras.Model(source, _chain(self._steps[before:cut], source))
             else:
                 drawn_once = self._view(split, augmentation, view or 0)
-                front = self._front(split, augmentation, cut)
+                front = self._front(split, which, augmentation, cut)
             first, last = (self._steps[i].name for i in (before, cut - 1))
             with progress(f"{first} to {last}, frozen, {which} images", len(split.labels)) as tell:
                 for start in range(0, len(split.labels), _EXTRACTION_BATCH):
@@ -265,12 +282,15 @@ class _Run:
         ]
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-    def _front(self, split: Split, augmentation: Augmentation, cut: int) -> keras.Model:
-        """Draws -> the outputs of the layers before the cut."""
+    def _front(self, split: Split, which: str, augmentation: Augmentation, cut: int) -> keras.Model:
+        """Draws -> the outputs of the layers before the cut; one model for all views."""
+        if (cut, which) in self._fronts:
+            return self._fronts[cut, which]
         images = AugmentedImages(split.images, augmentation.cutout)
         example = draw(augmentation, np.arange(2), split.images.shape[1], np.random.default_rng(0))
         source = {key: keras.Input(value.shape[1:], dtype=str(value.dtype), name=key) for key, value in example.items()}
-        return keras.Model(source, _chain(self._steps[:cut], images(source)))
+        self._fronts[cut, which] = keras.Model(source, _chain(self._steps[:cut], images(source)))
+        return self._fronts[cut, which]
 
     def _digest(self, which: str, split: Split) -> str:
         if which not in self._digests:
@@ -302,9 +322,12 @@ def _in_float32(model: keras.Model, recipe: Recipe, weights: Weights | None) -> 
     return same
 
 
-def identity_of(recipe: Recipe, dataset_id: str, weights: Weights | None, backend: str) -> Mapping[str, str]:
-    """What a checkpoint must share with the training that resumes from it."""
+def identity_of(
+    recipe: Recipe, dataset_id: str, weights: Weights | None, backend: str, purpose: str
+) -> Mapping[str, str]:
+    """What a checkpoint must share with the training that resumes from it; `purpose`: what is made of its model."""
     return {
+        "purpose": purpose,
         "recipe": recipe.digest,
         "seed": str(recipe.seed),
         "dataset": dataset_id,

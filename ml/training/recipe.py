@@ -280,11 +280,12 @@ def parse_recipe(content: Mapping[str, Any], *, origin: str) -> Recipe:
 
 
 def refuse_unless_it_fits(recipe: Recipe, train_images: int) -> None:
-    """Sees that the recipe can work on so many training images.
+    """Sees that the recipe can work on a training split of so many images.
 
     Raises:
         ConfigurationError: a batch is larger than the data.
     """
+    train_images = min(recipe.train_limit or train_images, train_images)
     if recipe.batch_size > train_images:
         raise ConfigurationError(
             f"Recipe {recipe.name!r} takes batches of {recipe.batch_size}, and there are {train_images} training "

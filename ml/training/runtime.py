@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+from importlib import metadata
 
 import keras
 
@@ -12,6 +13,12 @@ logger = logging.getLogger(__name__)
 def backend() -> str:
     """What Keras computes with in this process: `tensorflow` or `jax`."""
     return str(keras.backend.backend())
+
+
+def computed_by() -> str:
+    """Backend, versions and device: what may change a result in its last digits, and features kept on disk with it."""
+    name = backend()
+    return f"keras {keras.__version__}, {name} {metadata.version(name)}, {gpu() or 'cpu'}"
 
 
 def gpu() -> str | None:

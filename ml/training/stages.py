@@ -50,6 +50,8 @@ class Trainable:
     soft_labels: bool
     compile_with_xla: bool
     cached_from: str | None = None
+    first_epoch: int = 0
+    """Epochs that the recipe has before this stage: batches are drawn by an epoch's number in the whole training."""
 
 
 def run_stage(
@@ -156,7 +158,7 @@ class _Keeper(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyp
 
     def on_epoch_begin(self, epoch: int, _logs: dict[str, Any] | None = None) -> None:
         """Tells the batches which epoch they are of."""
-        self._what.train.epoch = epoch
+        self._what.train.epoch = self._what.first_epoch + epoch
         self._began = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

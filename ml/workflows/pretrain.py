@@ -6,19 +6,21 @@ that learned from the very images that fine-tuning sees, not knowledge from else
 
 import logging
 import tempfile
-import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from ml.datasets import store
 from ml.digests import file_digest
-from ml.errors import ConfigurationError, TrainingDiverged, TrainingError
+from ml.errors import ConfigurationError, TrainingDiverged
 from ml.evaluation import plots
 from ml.models.vgg16_base import SUFFIX, save_base
 from ml.registry import tracking
-from ml.settings import Settings
+from ml.settings import PROJECT_ROOT, Settings
 from ml.training import fit, runtime
-from ml.training.checkpoint import Checkpoint, Position
+from ml.training.checkpoint import Checkpoint
 from ml.training.recipe import PRETRAINING_RECIPE, Vgg16BaseRecipe, parse_recipe, read_toml, refuse_unless_it_fits
+from ml.workflows.train import log_epoch, log_epochs_cut_off, log_request, where_to_start
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,12 @@ def read_recipe(path: Path) -> Vgg16BaseRecipe:
     return recipe
 
 
-def _command(recipe_file: Path) -> str:
-    return "cifar10 pretrain" if recipe_file == PRETRAINING_RECIPE else f"cifar10 pretrain --recipe {recipe_file.name}"
+def _command(recipe_file: Path, dataset_id: str) -> str:
+    inside = recipe_file.is_relative_to(PROJECT_ROOT)
+    name = recipe_file.relative_to(PROJECT_ROOT) if inside else recipe_file.name
+    backend = "" if runtime.backend() == "tensorflow" else f"KERAS_BACKEND={runtime.backend()} "
+    recipe = "" if recipe_file == PRETRAINING_RECIPE else f" --recipe {name}"
+    return f"{backend}cifar10 pretrain{recipe} --dataset {dataset_id}"
 
 
 def pretrain(
@@ -66,29 +72,29 @@ def pretrain(
         StorageError: weights or a checkpoint could not be written.
         RegistryUnavailable: MLflow could not be asked.
     """
-    began = time.monotonic()
     recipe = read_recipe(recipe_file)
     if output is not None and not output.name.endswith(SUFFIX):
         raise ConfigurationError(f"{output} does not end in {SUFFIX}.", fix=f"choose a name that ends in {SUFFIX}.")
     manifest = store.read_manifest(settings.data_url, dataset_id)
-    refuse_unless_it_fits(recipe, min(recipe.train_limit or manifest.counts["train"], manifest.counts["train"]))
-    identity = fit.identity_of(recipe, dataset_id, None, runtime.backend())
+    refuse_unless_it_fits(recipe, manifest.counts["train"])
+    identity = fit.identity_of(recipe, dataset_id, None, runtime.backend(), "weights")
     checkpoint = Checkpoint(settings.checkpoints_dir, identity)
-    position = checkpoint.load() if resume else None
-    if resume and position is None:
-        raise TrainingError(
-            f"There is no checkpoint of this pretraining on {dataset_id} to resume from.", fix="leave --resume out."
-        )
-    position = position or Position(run_id="")
     tags = {"architecture": recipe.architecture, "recipe": recipe.name, "recipe.digest": recipe.digest}
-    tags |= {"data": manifest.data, "keras.backend": runtime.backend(), "command": _command(recipe_file)}
+    tags |= {"data": manifest.data, "keras.backend": runtime.backend(), "command": _command(recipe_file, dataset_id)}
+    gpu = runtime.gpu()
+    tags |= {"hardware.gpu": gpu} if gpu else {}
     name = f"pretrain-{recipe.name}"
-    with tracking.run(
-        settings, name, tags=tags, seed=recipe.seed, run_id=position.run_id or None, experiment=EXPERIMENT
-    ) as run:
+    with ExitStack() as stack:
+        stack.enter_context(checkpoint.held())
+        position = where_to_start(checkpoint, "required" if resume else "no", recipe)
+        run = stack.enter_context(
+            tracking.run(
+                settings, name, tags=tags, seed=recipe.seed, run_id=position.run_id or None, experiment=EXPERIMENT
+            )
+        )
         position.run_id = run.id
-        run.log_dataset(manifest)
-        run.log_dict(recipe.model_dump(mode="json"), "recipe.json")
+        log_request(run, manifest, recipe)
+        log_epochs_cut_off(run, recipe, position)
         train = store.load_split(settings.data_url, dataset_id, "train", recipe.train_limit)
         validation = store.load_split(settings.data_url, dataset_id, "validation", recipe.validation_limit)
         try:
@@ -96,9 +102,7 @@ def pretrain(
                 recipe,
                 train,
                 validation,
-                on_epoch=lambda stage, epoch, figures: run.log_metrics(
-                    {f"{stage}/{key}": value for key, value in figures.items()}, step=epoch
-                ),
+                on_epoch=partial(log_epoch, run),
                 checkpoint=checkpoint,
                 position=position,
             )
@@ -111,12 +115,13 @@ def pretrain(
         path = output or settings.mlops_var_dir / "weights" / f"vgg16-{run.id[:12]}{SUFFIX}"
         save_base(trained.model, path, origin)
         sha256 = file_digest(path)
-        run.log_metrics({"validation_accuracy": accuracy, "wall_seconds": time.monotonic() - began})
+        seconds = checkpoint.wall_seconds(position)
+        run.log_metrics({"validation_accuracy": accuracy, "wall_seconds": seconds})
         run.log_tags({"weights.sha256": sha256, "weights.origin": origin})
-        with tempfile.TemporaryDirectory() as folder:
-            curves = Path(folder) / "learning_curves.png"
-            plots.learning_curves([(stage.name, stage.epochs) for stage in trained.stages], curves, name)
-            run.log_artifact(curves, "plots")
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pretrain-"))
+        curves = Path(folder) / "learning_curves.png"
+        plots.learning_curves([(stage.name, stage.epochs) for stage in trained.stages], curves, name)
+        run.log_artifact(curves, "plots")
         run.log_artifact(path, "weights")
         checkpoint.clear()
     logger.info("VGG16's base, validation accuracy %.4f: VGG16_WEIGHTS=%s uses it", accuracy, path)
@@ -129,5 +134,5 @@ def pretrain(
         "data": manifest.data,
         "validation_accuracy": accuracy,
         "epochs": sum(len(stage.epochs) for stage in trained.stages),
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(seconds, 1),
     }

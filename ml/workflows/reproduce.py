@@ -121,6 +121,13 @@ def reproduce(
         _refuse_other_weights(
             run, resolve_weights(settings.vgg16_weights, settings.mlops_allow_stand_in, settings.cache_dir)
         )
+    backend = run.tags.get("keras.backend", settings.keras_backend)
+    if backend != settings.keras_backend:
+        raise ConfigurationError(
+            f"Run {run.run_id} was computed by {backend}, and KERAS_BACKEND is {settings.keras_backend}: its figures "
+            "would differ.",
+            fix=f"set KERAS_BACKEND={backend}.",
+        )
     now = {**as_tags(PROJECT_ROOT, settings.mlops_git_sha), "keras.backend": settings.keras_backend}
     for found in differences_of_surroundings(run.tags, {**run.tags, **now}):
         logger.warning("%s was %s and is %s: the figures may differ", found["what"], found["was"], found["is"])

@@ -5,10 +5,10 @@ reference that monitoring will compare against, and registers. Whether the versi
 """
 
 import logging
-import resource
 import tempfile
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -82,33 +82,39 @@ def train(
         StorageError: a checkpoint or cached features could not be written.
         RegistryUnavailable: MLflow could not be asked.
     """
-    began = time.monotonic()
     if recipe.architecture != architecture:
         raise ConfigurationError(
             f"Recipe {recipe.name!r} is for {recipe.architecture}, not for {architecture}.",
             fix=f"load one of {architecture}'s recipes.",
         )
     manifest = store.read_manifest(settings.data_url, dataset_id)
-    refuse_unless_it_fits(recipe, min(recipe.train_limit or manifest.counts["train"], manifest.counts["train"]))
+    refuse_unless_it_fits(recipe, manifest.counts["train"])
     weights = _weights(settings, architecture)
-    checkpoint, position = _checkpoint(settings, recipe, dataset_id, weights, resume)
+    purpose = "candidate" if register else "run"
+    identity = fit.identity_of(recipe, dataset_id, weights, runtime.backend(), purpose)
+    checkpoint = Checkpoint(settings.checkpoints_dir, identity)
     all_tags = _tags(manifest, recipe, weights) | dict(tags or {})
-    with (
-        tracking.run(
-            settings,
-            f"{architecture}-{recipe.name}",
-            tags=all_tags,
-            seed=recipe.seed,
-            origin=origin,
-            run_id=position.run_id or None,
-        ) as run,
-        tempfile.TemporaryDirectory(prefix="train-") as scratch,
-    ):
-        folder = Path(scratch)
+    with ExitStack() as stack:
+        stack.enter_context(checkpoint.held())
+        position = where_to_start(checkpoint, resume, recipe)
+        run = stack.enter_context(
+            tracking.run(
+                settings,
+                f"{architecture}-{recipe.name}",
+                tags=all_tags,
+                seed=recipe.seed,
+                origin=origin,
+                run_id=position.run_id or None,
+            )
+        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="train-")))
         position.run_id = run.id
-        _log_request(run, manifest, recipe)
-        _log_epochs_cut_off(run, recipe, position)
+        log_request(run, manifest, recipe)
+        log_epochs_cut_off(run, recipe, position)
         splits = _load(settings, dataset_id, recipe)
+        if resume == "no":
+            # Only now: what was cut off is worth more than a training that cannot even begin.
+            checkpoint.clear()
         run.log_params({f"images.{split}": len(content.labels) for split, content in splits.items()})
         try:
             trained = fit.train(
@@ -116,10 +122,9 @@ def train(
                 splits["train"],
                 splits["validation"],
                 weights,
-                on_epoch=lambda stage, epoch, figures: run.log_metrics(
-                    {f"{stage}/{key}": value for key, value in figures.items()}, step=epoch
-                ),
-                features=FeatureCache(settings.cache_dir / "features", int(settings.feature_cache_gib * 2**30)),
+                on_epoch=partial(log_epoch, run),
+                # A run that only repeats another one makes its features itself.
+                features=_features(settings) if register else None,
                 checkpoint=checkpoint,
                 position=position,
             )
@@ -141,8 +146,8 @@ def train(
                 **figures,
                 **(corrupted or {}),
                 "fit_seconds": sum(stage.seconds for stage in trained.stages),
-                "wall_seconds": time.monotonic() - began,
-                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "wall_seconds": checkpoint.wall_seconds(position),
+                "peak_memory_mib": checkpoint.peak_memory_mib(position),
                 "export_difference": exported.max_difference,
             }
         )
@@ -218,11 +223,11 @@ def _tags(manifest: Manifest, recipe: Recipe, weights: Weights | None) -> dict[s
         "weights": weights.label if weights else "from scratch",
         "weights.sha256": (weights.sha256 if weights else None) or "none",
         "keras.backend": runtime.backend(),
-        "command": _command(recipe, weights),
+        "command": _command(recipe, manifest.dataset_id, weights),
     }
 
 
-def _command(recipe: Recipe, weights: Weights | None) -> str:
+def _command(recipe: Recipe, dataset_id: str, weights: Weights | None) -> str:
     """What a person types for this training; a recipe that is no file as it stands has no such line."""
     try:
         written = load_recipe(recipe.architecture, recipe.name)
@@ -230,36 +235,39 @@ def _command(recipe: Recipe, weights: Weights | None) -> str:
         return "cifar10 reproduce"
     if written.digest != recipe.digest:
         return "cifar10 reproduce"
-    which = ""
+    settings = [] if runtime.backend() == "tensorflow" else [f"KERAS_BACKEND={runtime.backend()}"]
     if weights is not None:
         # Of a file its name alone: where it lies on this machine helps nobody elsewhere.
-        which = f"VGG16_WEIGHTS={weights.path.name if weights.kind == 'file' and weights.path else weights.kind} "
-    seed = "" if recipe.seed == written.seed else f" --seed {recipe.seed}"
-    return f"{which}cifar10 train {recipe.architecture} --recipe {recipe.name}{seed}"
+        which = weights.path.name if weights.kind == "file" and weights.path else weights.kind
+        settings.append(f"VGG16_WEIGHTS={which}")
+    seed = [] if recipe.seed == written.seed else [f"--seed {recipe.seed}"]
+    asked = f"cifar10 train {recipe.architecture} --recipe {recipe.name} --dataset {dataset_id}"
+    return " ".join([*settings, asked, *seed])
 
 
-def _checkpoint(
-    settings: Settings, recipe: Recipe, dataset_id: str, weights: Weights | None, resume: Resume
-) -> tuple[Checkpoint, Position]:
-    """The training's checkpoint, and the position to start from."""
-    identity = fit.identity_of(recipe, dataset_id, weights, runtime.backend())
-    checkpoint = Checkpoint(settings.checkpoints_dir, identity)
+def where_to_start(checkpoint: Checkpoint, resume: Resume, recipe: Recipe) -> Position:
+    """Where a training begins: at its checkpoint, or at the start. With `no` a checkpoint is left as it is.
+
+    Raises:
+        TrainingError: one is required and there is none, or it cannot be used.
+    """
     fresh = Position(run_id="")
     if resume == "no":
         if checkpoint.path.exists():
-            logger.info("forgetting the checkpoint of an earlier training that was cut off (--resume goes on from it)")
-            checkpoint.clear()
-        return checkpoint, fresh
+            logger.info("not resuming the training that was cut off (--resume would); its checkpoint will be replaced")
+        return fresh
     position = checkpoint.load()
     if position is None and resume == "required":
+        dataset_id = checkpoint.identity["dataset"]
         raise TrainingError(
             f"There is no checkpoint of recipe {recipe.name!r} (seed {recipe.seed}) on {dataset_id} to resume from.",
             fix="train from the start, or name the recipe, seed, dataset and weights of the training that was cut off.",
         )
-    return checkpoint, position or fresh
+    return position or fresh
 
 
-def _log_request(run: tracking.Run, manifest: Manifest, recipe: Recipe) -> None:
+def log_request(run: tracking.Run, manifest: Manifest, recipe: Recipe) -> None:
+    """Records what is trained on, and how."""
     run.log_dataset(manifest)
     content = recipe.model_dump(mode="json")
     run.log_dict(content, "recipe.json")
@@ -267,7 +275,12 @@ def _log_request(run: tracking.Run, manifest: Manifest, recipe: Recipe) -> None:
     run.log_params({**content, "stages": stages})
 
 
-def _log_epochs_cut_off(run: tracking.Run, recipe: Recipe, position: Position) -> None:
+def log_epoch(run: tracking.Run, stage: str, epoch: int, figures: Mapping[str, float]) -> None:
+    """Records an epoch's figures."""
+    run.log_metrics({f"{stage}/{key}": value for key, value in figures.items()}, step=epoch)
+
+
+def log_epochs_cut_off(run: tracking.Run, recipe: Recipe, position: Position) -> None:
     """Records what the checkpoint knows and MLflow does not: the process ended between the two."""
     if position.epochs:
         stage, epochs = recipe.stages[position.stage].name, position.epochs
@@ -278,7 +291,11 @@ def _log_epochs_cut_off(run: tracking.Run, recipe: Recipe, position: Position) -
     known = run.steps_of(f"{stage}/loss")
     for epoch, figures in enumerate(epochs):
         if epoch not in known:
-            run.log_metrics({f"{stage}/{key}": value for key, value in figures.items()}, step=epoch)
+            log_epoch(run, stage, epoch, figures)
+
+
+def _features(settings: Settings) -> FeatureCache:
+    return FeatureCache(settings.cache_dir / "features", int(settings.feature_cache_gib * 2**30))
 
 
 def _measure_corrupted(

@@ -76,6 +76,7 @@ def use_backend(name: str) -> None:
     if importlib.util.find_spec(name) is None:
         raise ConfigurationError(
             f"KERAS_BACKEND asks for {name}, which is not installed.",
-            fix="install it (`pip install jax`, or its build for your accelerator), or take tensorflow.",
+            fix=f"install it (`pip install {name}`, or its build for your accelerator), or take "
+            f"{'tensorflow' if name == 'jax' else 'jax'}.",
         )
     os.environ["KERAS_BACKEND"] = name

@@ -166,7 +166,7 @@ def test_a_diverged_training_registers_nothing_and_fails_its_run(
     before = {version.version for version in Registry(settings.tracking_uri).versions()}
     with pytest.raises(TrainingDiverged):
         train(settings, "baseline", dataset_id, BASELINE)
-    assert list(settings.checkpoints_dir.glob("*")) == [], "resumed, it would diverge again"
+    assert list(settings.checkpoints_dir.glob("*.npz")) == [], "resumed, it would diverge again"
     assert {version.version for version in Registry(settings.tracking_uri).versions()} == before
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (latest, *_) = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
@@ -249,7 +249,7 @@ train(settings, "baseline", asked["dataset"], parse_recipe(asked["recipe"], orig
     assert result["run_id"] == killed.info.run_id
     run = client.get_run(killed.info.run_id)
     assert (run.info.status, run.data.tags["resumed"]) == ("FINISHED", "1")
-    assert list(settings.checkpoints_dir.iterdir()) == [], "it is done"
+    assert list(settings.checkpoints_dir.glob("*.npz")) == [], "it is done"
 
     whole = train(settings, "baseline", dataset_id, LONG, register=False)
     assert whole["run_id"] != result["run_id"]
@@ -299,7 +299,7 @@ def test_resuming_is_asked_for_and_only_of_the_same_training(
     settings, dataset_id = ready
     recipe = BASELINE.model_copy(update={"corrupted_limit": None})
     run_id = cut_off(recipe, after=1)  # saved, and not yet in MLflow
-    (checkpoint,) = settings.checkpoints_dir.iterdir()
+    (checkpoint,) = settings.checkpoints_dir.glob("*.npz")
     whole = checkpoint.read_bytes()
 
     positions: list[Any] = []
@@ -324,7 +324,7 @@ def test_resuming_is_asked_for_and_only_of_the_same_training(
         with pytest.raises(TrainingError, match="cannot be read"):
             train(settings, "baseline", dataset_id, recipe, resume="if there")
         checkpoint.write_bytes(whole)
-    result = train(settings, "baseline", dataset_id, recipe, resume="if there", register=False)
+    result = train(settings, "baseline", dataset_id, recipe, resume="if there")
     assert result["run_id"] == run_id
     assert [step for step, _ in history_of(settings, run_id, "fit/val_loss")] == [0, 1]
 

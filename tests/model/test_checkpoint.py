@@ -46,6 +46,9 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     checkpoint.save(position())
     found = Checkpoint(tmp_path / "new", dict(reversed(IDENTITY.items()))).load()
     assert found is not None
+    assert found.wall_seconds > 0
+    assert found.peak_memory_mib > 1
+    found.wall_seconds = found.peak_memory_mib = 0.0
     assert plain(found) == plain(position())
     found.epochs.append({"loss": 0.2})
     checkpoint.save(found)
@@ -56,6 +59,24 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     checkpoint.clear()
     checkpoint.clear()
     assert checkpoint.load() is None
+
+
+def test_times_and_memory_add_up_over_processes(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, IDENTITY)
+    before = Position(run_id="r", wall_seconds=100.0, peak_memory_mib=1e6)
+    assert 100 <= checkpoint.wall_seconds(before) < 160
+    assert checkpoint.peak_memory_mib(before) == 1e6
+
+
+def test_nobody_trains_the_same_beside_one_that_does(tmp_path: Path) -> None:
+    mine, again, other = (Checkpoint(tmp_path, {"seed": seed}) for seed in ("1", "1", "2"))
+    with mine.held(), other.held(), pytest.raises(TrainingError, match="Another process trains"), again.held():
+        pass
+    with again.held():
+        pass
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError), Checkpoint(tmp_path / "file", IDENTITY).held():
+        pass
 
 
 def test_another_trainings_file_is_another_file_and_refused_where_it_is_put_in_its_place(tmp_path: Path) -> None:
@@ -126,16 +147,17 @@ def test_values_are_given_only_to_variables_that_fit() -> None:
             assign(dense.variables, wrong)
 
 
-def test_a_checkpoint_belongs_to_one_recipe_seed_dataset_weights_and_backend() -> None:
-    base = identity_of(BASELINE, "ds-1", None, "tensorflow")
+def test_a_checkpoint_belongs_to_one_recipe_seed_dataset_weights_backend_and_purpose() -> None:
+    base = identity_of(BASELINE, "ds-1", None, "tensorflow", "candidate")
     others = [
-        identity_of(BASELINE.with_overrides({"seed": 3}), "ds-1", None, "tensorflow"),
-        identity_of(BASELINE.with_overrides({"stages.fit.epochs": 3}), "ds-1", None, "tensorflow"),
-        identity_of(BASELINE, "ds-2", None, "tensorflow"),
-        identity_of(BASELINE, "ds-1", None, "jax"),
-        identity_of(TINY_VGG16, "ds-1", Weights("random"), "tensorflow"),
-        identity_of(TINY_VGG16, "ds-1", Weights("file", Path("x"), "a" * 64), "tensorflow"),
-        identity_of(TINY_VGG16, "ds-1", Weights("file", Path("x"), "b" * 64), "tensorflow"),
+        identity_of(BASELINE, "ds-1", None, "tensorflow", "run"),
+        identity_of(BASELINE.with_overrides({"seed": 3}), "ds-1", None, "tensorflow", "candidate"),
+        identity_of(BASELINE.with_overrides({"stages.fit.epochs": 3}), "ds-1", None, "tensorflow", "candidate"),
+        identity_of(BASELINE, "ds-2", None, "tensorflow", "candidate"),
+        identity_of(BASELINE, "ds-1", None, "jax", "candidate"),
+        identity_of(TINY_VGG16, "ds-1", Weights("random"), "tensorflow", "candidate"),
+        identity_of(TINY_VGG16, "ds-1", Weights("file", Path("x"), "a" * 64), "tensorflow", "candidate"),
+        identity_of(TINY_VGG16, "ds-1", Weights("file", Path("x"), "b" * 64), "tensorflow", "candidate"),
     ]
     names = {Checkpoint(Path(), identity).path.name for identity in [base, *others]}
-    assert len(names) == 8
+    assert len(names) == 9

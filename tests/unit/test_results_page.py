@@ -152,7 +152,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_of_the_newest():
     (row,) = rows
     assert row.newest.seed == "22"
     assert cells(render(rows), "## Seeds", "baseline `best`")[1:] == ["3", "22, 21, 20", "0.9000", "0.8800 to 0.9200"]
-    assert judge(BASELINE, rows) == ("0.9000 (mean of 3 runs, 0.8800 to 0.9200, n = 1000)", "holds")
+    assert judge(BASELINE, rows) == ("0.9000 (mean of 3 seeds, 0.8800 to 0.9200, n = 1000)", "holds")
     assert [item["seed"] for item in row.summary()["runs"]] == ["22", "21", "20"]
     assert json.loads(json.dumps(row.summary()))["test"]["accuracy"] == pytest.approx(0.91)
 
