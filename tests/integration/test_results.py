@@ -70,7 +70,7 @@ def test_the_page_says_what_mlflow_holds(here, experiment, tmp_path):
     assert row["reproductions"] == [{"run_id": again, "result": "same"}]
     assert (row["test"]["accuracy"], row["robustness"]["mean_accuracy"]) == (0.9, 0.5)
     assert row["recipe_is_current"] is True
-    assert len(found["missing"]) == 3
+    assert len(found["missing"]) == 4
     assert [target["verdict"][:7] for target in found["targets"]] == ["not run", "not run"]
     text = page.read_text()
     for words in (
