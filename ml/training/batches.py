@@ -5,7 +5,7 @@ frozen prefix, read from where they are cached.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -61,18 +61,19 @@ def feed(batches: Batches) -> Any:
         return batches
     import tensorflow as tf  # noqa: PLC0415  # only where it is the backend
 
-    def generate() -> Iterator[tuple[Draws, np.ndarray]]:
-        for index in range(batches.num_batches):
-            yield batches[index]
+    example = batches[0]
+    structure = tf.nest.map_structure(lambda value: tf.TensorSpec((None, *value.shape[1:]), value.dtype), example)
+    flat = tf.nest.flatten(structure)
 
-    inputs, labels = batches[0]
-    signature = (
-        {key: tf.TensorSpec((None, *value.shape[1:]), value.dtype) for key, value in inputs.items()},
-        tf.TensorSpec((None, *labels.shape[1:]), labels.dtype),
-    )
+    def make(index: Any) -> Any:
+        # A map over numbers: a pipeline from a generator goes through Python three times a batch, and the step waits.
+        values = tf.numpy_function(
+            lambda i: tf.nest.flatten(batches[int(i)]), [index], [spec.dtype for spec in flat], stateful=True
+        )
+        for value, spec in zip(values, flat, strict=True):
+            value.set_shape(spec.shape)
+        return tf.nest.pack_sequence_as(structure, values)
+
     options = tf.data.Options()
     options.autotune.enabled = False
-    pipeline = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return (
-        pipeline.apply(tf.data.experimental.assert_cardinality(batches.num_batches)).prefetch(2).with_options(options)
-    )
+    return tf.data.Dataset.range(batches.num_batches).map(make).prefetch(2).with_options(options)

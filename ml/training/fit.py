@@ -197,7 +197,7 @@ class _Run:
             return neutral(example, index + count)
 
         return Trainable(
-            network=keras.Model(source, output, name=f"{self._model.name}_training"),
+            network=kernels.model_class()(source, output, name=f"{self._model.name}_training"),
             model=self._model,
             train=batches.Batches(train.labels, recipe.batch_size, drawn, seed=recipe.seed, soft=self._soft),
             validation=batches.Batches(validation.labels, _VALIDATION_BATCH, as_they_are, soft=self._soft),
@@ -216,7 +216,7 @@ class _Run:
         tail = self._steps[cut:]
         source = keras.Input(shape[1:], name="features")
         return Trainable(
-            network=keras.Model(
+            network=kernels.model_class()(
                 {"features": source}, kernels.follow(tail, source), name=f"{self._model.name}_tail_training"
             ),
             model=self._model,

@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 from ml.training import kernels
-from ml.training.kernels import FusedBatchNormalization, TinyConvolution, follow, worth_compiling
+from ml.training.kernels import CompiledInParts, FusedBatchNormalization, TinyConvolution, follow, worth_compiling
 
 tf = pytest.importorskip("tensorflow")
 
@@ -132,3 +132,30 @@ def test_a_step_is_compiled_where_no_convolution_is_left(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels.keras.backend, "backend", lambda: "jax")
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: [])
     assert worth_compiling([conv(), *dense], (None, 4, 4, 3))
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_a_model_compiled_in_parts_trains_as_keras_does(xla: bool) -> None:
+    x = RNG.normal(size=(50, 2, 2, 4)).astype(np.float32)
+    # Labels that it learns to be sure of, and validates on the opposite: the loss of what it holds impossible is large
+    # and comes from the logits.
+    y = (x.mean(axis=(1, 2, 3)) > 0).astype(np.int64)
+
+    def trained(kind: type[keras.Model]) -> tuple[dict[str, list[float]], list[np.ndarray]]:
+        keras.utils.set_random_seed(3)
+        source = keras.Input((2, 2, 4))
+        middle = layers.Dropout(0.2, seed=5)(layers.Dense(32, activation="relu")(layers.Flatten()(source)))
+        model = kind(source, layers.Dense(2, activation="softmax")(middle))
+        adam = keras.optimizers.AdamW(0.03, weight_decay=0.01, use_ema=True)
+        model.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=xla)
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)  # the last one smaller
+        opposite = tf.data.Dataset.from_tensor_slices((10 * x, 1 - y)).batch(32)
+        history = model.fit(data, epochs=4, validation_data=opposite, verbose=0).history
+        return history, model.get_weights()
+
+    (ours, weights), (keras_own, expected) = trained(CompiledInParts), trained(keras.Model)
+    assert keras_own["val_loss"][-1] > 10
+    assert ours.keys() == keras_own.keys()
+    for name, values in keras_own.items():
+        assert ours[name] == pytest.approx(values, rel=1e-4), name
+    agree(weights, expected)
