@@ -39,14 +39,15 @@ def register_tiny(
     model: Mapping[str, object] | None = None,
     validation_accuracy: float = 0.5,
     architecture: str = "baseline",
+    run_id: str | None = None,
 ) -> ModelVersion:
-    """One more version: `model` are keyword arguments of `make_onnx`."""
+    """One more version: `model` are keyword arguments of `make_onnx`, `run_id` the run to go on with, if any."""
     work.mkdir(parents=True, exist_ok=True)
     files = Files(work / "trained.keras", make_onnx(work / "trained.onnx", **(model or {})))  # type: ignore[arg-type]
     files.keras.write_bytes(b"stands for a Keras file")
     reference = work / "reference.parquet"
     reference.write_bytes(b"stands for a reference")
-    with tracking.run(settings, f"tiny-{architecture}") as run:
+    with tracking.run(settings, f"tiny-{architecture}", run_id=run_id) as run:
         return register(
             run,
             exported=files,

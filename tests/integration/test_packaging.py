@@ -51,6 +51,21 @@ def test_challenger_follows_the_newest_version(here, tmp_path):
     assert Registry(here.tracking_uri).by_alias("challenger").version == 2
 
 
+def test_a_resumed_run_registers_its_model_once(here, tmp_path):
+    import mlflow
+
+    manifest = small_dataset(here)
+    first = register_tiny(here, manifest, tmp_path / "1", model={"seed": 1})
+    client = mlflow.MlflowClient(here.tracking_uri, here.tracking_uri)
+    run_id = client.get_model_version(MODEL_NAME, str(first.version)).run_id
+    client.set_terminated(run_id, "KILLED")  # after the registration, before its end
+    assert register_tiny(here, manifest, tmp_path / "2", model={"seed": 1}, run_id=run_id).version == first.version
+    client.set_terminated(run_id, "KILLED")
+    # Another model of the same run, or the same model of another run, is a version of its own.
+    assert register_tiny(here, manifest, tmp_path / "3", model={"seed": 2}, run_id=run_id).version == 2
+    assert register_tiny(here, manifest, tmp_path / "4", model={"seed": 1}).version == 3
+
+
 def test_mlflow_loads_it_and_answers_as_the_engine_does(here, tmp_path):
     import mlflow
 
