@@ -1,12 +1,12 @@
 """Training speed, memory and accuracy against Keras' own `fit`: `make bench-train`.
 
 The two models of the recipes `report`, each against Keras' `fit` with its defaults (on a machine with CPUs alone those
-mean no XLA; the figures say it). Contenders alternate, in rounds, each warm in a process of its own; ratios are taken
-within a round, of whole epochs as one waits for them. What Keras would take without its wait at an epoch's end stands
-beside it, and the ratio to that.
+mean no XLA; the figures say it). Contenders alternate, an epoch of one `fit` each by turns, each warm in a process of
+its own; ratios are taken within a round, of whole epochs as one waits for them. What Keras would take without its wait
+at an epoch's end stands beside it, and the ratio to that.
 
 A rate of ours for VGG16's second stage counts the extraction of the frozen layers' outputs, spread over the recipe's
-epochs. Neither side's tracing and compiling counts: it is paid once.
+epochs; extraction is measured before the rounds. Neither side's tracing and compiling counts: it is paid once.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks.result import RESULTS_DIR, Result, Spread, Target, write
 from ml.datasets import synthetic
 from ml.datasets.cifar10 import load_cifar10
+from ml.registry.provenance import code_state
 from ml.settings import PROJECT_ROOT, load_settings
 from ml.training.recipe import Recipe, load_recipe
 
@@ -194,30 +195,24 @@ class Bench:
         plan = self._plan
         figures: dict[str, object] = {"images": plan.many_images}
         for name, recipe, steps in (
-            ("baseline", self._baseline.with_overrides({"stages.fit.epochs": 1}), None),
-            ("vgg16_stage_2", self._top(1), plan.steps),
+            ("baseline", self._baseline.with_overrides({"stages.fit.epochs": 2}), None),
+            ("vgg16_stage_2", self._top(2), plan.steps),
         ):
             with contending(f"{name}, ours, {plan.many_images} images", self._job(recipe, plan.many_images)) as ours:
-                samples = [ours.sample()]
-                while samples[-1]["kind"] != "fit":
-                    ours.go_on()
-                    samples.append(ours.sample())
+                mine = _warm(ours)
             with contending(
                 f"{name}, keras_fit, {plan.many_images} images",
                 self._plain_job(recipe, plan.many_images, steps),
             ) as keras_fit:
-                plain = keras_fit.sample()
+                plain = _warm(keras_fit)["fit"]
             figures[name] = {
                 "ours": {
-                    # One whole epoch, its tracing and compiling included.
-                    ("tail_alone" if name == "vgg16_stage_2" else "images_per_second"): samples[-1][
-                        "images_per_second"
-                    ],
-                    **({"extraction": samples[-2]["images_per_second"]} if len(samples) > 1 else {}),
-                    "peak_memory_mib": samples[-1]["peak_memory_mib"],
+                    ("tail_alone" if "extraction" in mine else "images_per_second"): mine["fit"]["images_per_second"],
+                    **({"extraction": mine["extraction"]["images_per_second"]} if "extraction" in mine else {}),
+                    "peak_memory_mib": mine["fit"]["peak_memory_mib"],
                 },
                 "keras_fit": {
-                    # Of the baseline a whole epoch like ours, tracing included.
+                    # Of the baseline a whole epoch like ours.
                     **({"images_per_second": plain["images_per_second"]} if steps is None else {}),
                     "between_batches": plain["between_batches"],
                     "peak_memory_mib": plain["peak_memory_mib"],
@@ -242,7 +237,13 @@ class Bench:
                     sample = contender.then(job) if seed else contender.sample()
                     found[kind].append(sample["accuracies"])
         mine, theirs = ([mean(epochs) for epochs in found[kind]] for kind in ("accuracy_ours", "accuracy_plain"))
-        difference = mean(mine) - mean(theirs)
+        # An epoch by itself: what one has too much in the first must not make up for what it lacks in the last.
+        by_epoch = [
+            mean(one) - mean(other)
+            for one, other in zip(
+                zip(*found["accuracy_ours"], strict=True), zip(*found["accuracy_plain"], strict=True), strict=True
+            )
+        ]
         figures = {
             "images": plan.learning_images,
             "validation_images": plan.learning_images // 3,
@@ -250,11 +251,12 @@ class Bench:
             "batch_norm_momentum": 0.9,
             "ours": _per_epoch(found["accuracy_ours"]),
             "keras_fit": _per_epoch(found["accuracy_plain"]),
-            "mean_over_epochs_and_seeds": {"ours": mean(mine), "keras_fit": mean(theirs), "difference": difference},
+            "difference_of_means_by_epoch": by_epoch,
+            "mean_over_epochs_and_seeds": {"ours": mean(mine), "keras_fit": mean(theirs)},
             "range_over_seeds": {"ours": max(mine) - min(mine), "keras_fit": max(theirs) - min(theirs)},
         }
-        name = "baseline, validation accuracy per epoch: distance from plain Keras fit"
-        return figures, Target(name, abs(difference), "<=", ACCURACY_BOUND)
+        name = "baseline, validation accuracy of each epoch: largest distance from plain Keras fit"
+        return figures, Target(name, max(abs(difference) for difference in by_epoch), "<=", ACCURACY_BOUND)
 
     def cache_changes_nothing(self) -> tuple[dict[str, object], Target]:
         """VGG16's second stage from one seed, on cached features and end to end."""
@@ -405,6 +407,17 @@ def _in_words(sample: Mapping[str, object]) -> str:
     )
 
 
+def _warm(contender: Contender) -> dict[str, dict[str, Any]]:
+    """The last sample of each kind, up to the first epoch that is not its contender's first."""
+    samples: dict[str, dict[str, Any]] = {}
+    while True:
+        sample = contender.sample()
+        samples[sample["kind"]] = sample
+        if sample["kind"] == "fit" and not sample["first"]:
+            return samples
+        contender.go_on()
+
+
 def _per_epoch(runs: Sequence[Sequence[float]]) -> list[Spread]:
     return [Spread.of(epoch) for epoch in zip(*runs, strict=True)]
 
@@ -417,11 +430,15 @@ def main() -> None:
     if asked.quick and asked.output is None:
         parser.error("--quick measures nothing worth keeping: say where to write it, with --output")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    began = time.monotonic()
+    began, code = time.monotonic(), code_state(PROJECT_ROOT)
     plan = QUICK if asked.quick else FULL
     with tempfile.TemporaryDirectory(prefix="bench-images-") as folder:
         kind = save_images(Path(folder), plan.many_images, asked.quick)
         result = run(plan, Path(folder), kind)
+    if code_state(PROJECT_ROOT) != code:
+        raise SystemExit(
+            "The code changed while it was measured: nothing was written. Run it again, and leave it alone."
+        )
     path = asked.output or RESULTS_DIR / "training.json"
     write(result, path)
     for target in result.targets:

@@ -38,14 +38,20 @@ _CHUNK = 256
 def ours(job: Mapping[str, Any], say: Say) -> None:
     """Epochs of `ml.training.fit.train`; before them, chunks of images through the frozen prefix where there is one.
 
-    An epoch's seconds hold its validation, too; few images are for that.
+    An epoch's seconds go from one sample to the next, as plain Keras' do, and hold its validation, too; few images are
+    for that.
     """
     images, labels = _data(job, job["images"])
     few = _split(images[:64], labels[:64])
     recipe = _recipe(job)
 
-    def on_epoch(_stage: str, epoch: int, figures: Mapping[str, float]) -> None:
-        say({"kind": "fit", "first": not epoch, "images_per_second": figures["images_per_second"]})
+    resumed = time.perf_counter()
+
+    def on_epoch(_stage: str, epoch: int, _figures: Mapping[str, float]) -> None:
+        nonlocal resumed
+        rate = len(labels) / (time.perf_counter() - resumed)
+        say({"kind": "fit", "first": not epoch, "images_per_second": rate})
+        resumed = time.perf_counter()
 
     with tempfile.TemporaryDirectory(prefix="bench-features-") as folder:
         cache = _SampledCache(Path(folder), chunks=job["chunks"], say=say)
@@ -53,11 +59,11 @@ def ours(job: Mapping[str, Any], say: Say) -> None:
 
 
 def plain(job: Mapping[str, Any], say: Say) -> None:
-    """`model.fit(x, y, batch_size=64)` of Keras, as its documentation writes it: one epoch a sample, or `steps` of it.
+    """`model.fit(x, y, batch_size=64, epochs=...)` of Keras, as its documentation writes it; a sample for each epoch.
 
-    `images_per_second` is of the whole call, which is what one waits for. `between_batches` is from the end of the
-    first batch to the end of the last, without what Keras does around an epoch: there its tf.data pipeline's destructor
-    waits for a tuner that sleeps in doubling steps, so that a call takes up to twice as long, by chance of length.
+    `images_per_second` is of the whole epoch, which is what one waits for. `between_batches` is from the end of its
+    first batch to the end of its last, without what Keras does around an epoch: there its tf.data pipeline's destructor
+    waits for a tuner that sleeps in doubling steps, so that an epoch takes up to twice as long, by chance of length.
     """
     images, labels = _data(job, job["images"])
     recipe = _recipe(job)
@@ -69,23 +75,8 @@ def plain(job: Mapping[str, Any], say: Say) -> None:
         metrics=["accuracy"],
     )
     size, steps = recipe.batch_size, job["steps"]
-    count = len(labels) if steps is None else steps * size
-    first = True
-    while True:
-        clock = _Clock()
-        began = time.perf_counter()
-        model.fit(x, labels, batch_size=size, steps_per_epoch=steps, callbacks=[clock], verbose=0)
-        ended = time.perf_counter()
-        say(
-            {
-                "kind": "fit",
-                "first": first,
-                "images_per_second": count / (ended - began),
-                "between_batches": (count - size) / (clock.ends[-1] - clock.ends[0]),
-                "xla": bool(model.jit_compile),
-            }
-        )
-        first = False
+    clock = _Clock(say, len(labels) if steps is None else steps * size, size)
+    model.fit(x, labels, batch_size=size, epochs=stage.epochs, steps_per_epoch=steps, callbacks=[clock], verbose=0)
 
 
 def accuracy_ours(job: Mapping[str, Any], say: Say) -> None:
@@ -130,13 +121,32 @@ def accuracy_plain(job: Mapping[str, Any], say: Say) -> None:
 
 
 class _Clock(keras.callbacks.Callback):  # type: ignore[misc]  # keras is untyped
-    def __init__(self) -> None:
+    """Says a sample at each epoch's end; its seconds begin where the sample before it was answered."""
+
+    def __init__(self, say: Say, images: int, batch_size: int) -> None:
         super().__init__()
-        self.ends: list[float] = []
+        self._say, self._images, self._batch_size = say, images, batch_size
+        self._resumed = time.perf_counter()
+        self._ends: list[float] = []
 
     def on_train_batch_end(self, *_: object, **__: object) -> None:
         """Notes the time."""
-        self.ends.append(time.perf_counter())
+        self._ends.append(time.perf_counter())
+
+    def on_epoch_end(self, epoch: int, *_: object, **__: object) -> None:
+        """The epoch's rates."""
+        now = time.perf_counter()
+        self._say(
+            {
+                "kind": "fit",
+                "first": epoch == 0,
+                "images_per_second": self._images / (now - self._resumed),
+                "between_batches": (self._images - self._batch_size) / (self._ends[-1] - self._ends[0]),
+                "xla": bool(self.model.jit_compile),
+            }
+        )
+        self._ends.clear()
+        self._resumed = time.perf_counter()
 
 
 class _SampledCache(FeatureCache):

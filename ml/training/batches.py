@@ -27,7 +27,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # keras is untyped
         self, labels: np.ndarray, batch_size: int, make: Make, *, seed: int | None = None, soft: bool = False
     ) -> None:
         """labels: int (m,). seed: of the order, another each epoch; None is the order of the labels."""
-        super().__init__()  # one worker: Keras reads in this process, prefetching on a thread
+        super().__init__()  # one worker: where Keras reads this itself, it does so between the steps
         self.epoch = 0
         self._labels, self._batch_size, self._make = labels, batch_size, make
         self._seed, self._soft = seed, soft
@@ -39,14 +39,15 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # keras is untyped
         return math.ceil(len(self._labels) / self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[Draws, np.ndarray]:
-        chosen = self._epochs_order()[index * self._batch_size : (index + 1) * self._batch_size]
-        inputs = self._make(chosen, self.epoch, index)
+        epoch = self.epoch
+        chosen = self._epochs_order(epoch)[index * self._batch_size : (index + 1) * self._batch_size]
+        inputs = self._make(chosen, epoch, index)
         labels = self._labels[chosen]
         return inputs, soft_labels(labels, inputs) if self._soft else labels
 
-    def _epochs_order(self) -> np.ndarray:
-        if self._seed is not None and self._order[0] != self.epoch:
-            self._order = (self.epoch, np.random.default_rng([self._seed, self.epoch]).permutation(len(self._labels)))
+    def _epochs_order(self, epoch: int) -> np.ndarray:
+        if self._seed is not None and self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._labels)))
         return self._order[1]
 
 

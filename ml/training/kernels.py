@@ -130,7 +130,10 @@ class FusedBatchNormalization(_Shared):
 
 
 class CompiledInParts(keras.Model):  # type: ignore[misc]
-    """A model that TensorFlow trains as `keras.Model` does; with `jit_compile` in two programs of XLA, not in one."""
+    """A model that TensorFlow trains as `keras.Model` does; with `jit_compile` in two programs of XLA, not in one.
+
+    Its batches are (x, y): weights of samples or classes are not known here, and refused by Python's unpacking.
+    """
 
     def compile(self, *args: Any, jit_compile: bool = False, **kwargs: Any) -> None:
         """As `keras.Model.compile`, with no "auto"."""

@@ -47,7 +47,7 @@ def test_plain_keras_tells_a_rate_whenever_it_is_asked(images: Path, steps: int 
     with pytest.raises(EnoughError):
         training_contenders.plain(job(BASELINE, images, steps=steps), heard)
     assert [sample["first"] for sample in heard.samples] == [True, False]
-    assert all(sample["between_batches"] > sample["images_per_second"] > 0 for sample in heard.samples)
+    assert all(0 < sample[rate] < 1e6 for sample in heard.samples for rate in ("between_batches", "images_per_second"))
 
 
 def test_ours_tells_the_prefix_and_then_the_tail_and_trains_on_all_images(
