@@ -187,6 +187,7 @@ def sweep(
 @app.command()
 def reproduce(
     run_id: Annotated[str, typer.Argument(help="The MLflow run of a finished training.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with one that was cut off.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a finished run again, by its own recipe on its own data, and see that every figure comes out the same."""
@@ -202,7 +203,7 @@ def reproduce(
         from ml.models.vgg16_weights import resolve_weights
         from ml.workflows.train import train
 
-        return workflow.reproduce(settings, original, train=train, resolve_weights=resolve_weights)
+        return workflow.reproduce(settings, original, train=train, resolve_weights=resolve_weights, resume=resume)
 
     _run(work, as_json=as_json)
 

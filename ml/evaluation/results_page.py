@@ -5,7 +5,7 @@ records come from is `ml.workflows.results`'.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import fmean
 from typing import Any
@@ -93,6 +93,8 @@ class Trained:
     git_dirty: str
     """`true`, `false` or `unknown`."""
     command: str
+    gpu: str = ""
+    """The accelerator that it computed on; empty where there was none."""
     resumed: int = 0
     """How often it went on after an interruption."""
     reproduces: str = ""
@@ -115,6 +117,11 @@ class Pretrained:
     sha256: str
     """Of the weights' file, by which the runs that started from it are found."""
     command: str
+    seed: str = ""
+    images: Mapping[str, int] = field(default_factory=dict)
+    hardware: str = ""
+    peak_memory_mib: float | None = None
+    git_sha: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +284,7 @@ def render(rows: Sequence[Row], pretraining: Sequence[Pretrained] = ()) -> str:
         *_warnings(rows),
         "## Targets",
         _targets(rows),
-        _surroundings(rows),
+        _surroundings(rows, pretraining),
         "## Test split",
         _TEST_NOTES,
         _test_table(main),
@@ -344,13 +351,18 @@ def _targets(rows: Sequence[Row]) -> str:
     return _table(("target", "reached", "verdict"), lines)
 
 
-def _surroundings(rows: Sequence[Row]) -> str:
+def _surroundings(rows: Sequence[Row], pretraining: Sequence[Pretrained]) -> str:
     """What the runs of this page had, and so what it cannot show."""
-    hardware = sorted({run.hardware for row in rows for run in row.runs if run.hardware})
+    everything: list[Trained | Pretrained] = [*(run for row in rows for run in row.runs), *pretraining]
+    hardware = sorted({run.hardware for run in everything if run.hardware})
     weights = {run.weights for row in rows for run in row.runs if run.architecture == "vgg16"}
     said = [f"All runs of this page were made on: {'; '.join(hardware)}."] if hardware else []
-    if rows and not any("gpu" in machine.lower() for machine in hardware):
-        said.append("No accelerator was at hand: `vgg16 best`, which is made for one, was not run at its full length.")
+    if rows and not any(run.gpu for row in rows for run in row.runs):
+        not_run = not any((row.newest.architecture, row.newest.recipe) == ("vgg16", "best") for row in rows)
+        said.append(
+            "None of them had an accelerator"
+            + ("; `vgg16 best`, which is made for one, was not run." if not_run else ".")
+        )
     if weights and IMAGENET not in weights:
         said.append("ImageNet's weights could not be had: rows of VGG16 say what they started from instead.")
     return " ".join(said) or "There are no runs yet."
@@ -415,11 +427,16 @@ def _short_table(rows: Sequence[Row]) -> str:
 
 
 def _pretraining_table(runs: Sequence[Pretrained]) -> str:
-    header = ("recipe", "data", "validation accuracy", "wall time", "weights, SHA-256", "command", "run")
+    header = (
+        *("recipe", "data", "training images", "seed", "validation accuracy", "wall time", "peak memory"),
+        *("weights, SHA-256", "commit", "command", "run"),
+    )
     lines = [
         (
-            *(f"`{run.recipe}`", f"{_loud(run.data)} `{run.dataset_id}`", _figure(run.validation_accuracy)),
-            *(_duration(run.wall_seconds), f"`{run.sha256[:12]}`", f"`{run.command}`", f"`{run.run_id}`"),
+            *(f"`{run.recipe}`", f"{_loud(run.data)} `{run.dataset_id}`", str(run.images.get("train", _NOTHING))),
+            *(run.seed or _NOTHING, _figure(run.validation_accuracy), _duration(run.wall_seconds)),
+            _NOTHING if run.peak_memory_mib is None else f"{run.peak_memory_mib:,.0f} MiB",
+            *(f"`{run.sha256[:12]}`", f"`{run.git_sha[:12]}`", f"`{run.command}`", f"`{run.run_id}`"),
         )
         for run in runs
     ]

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import platform
 import resource
 import time
 import zipfile
@@ -59,6 +60,11 @@ class Checkpoint:
         name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"{name}.npz"
         self._began = time.monotonic()
+
+    @property
+    def origin(self) -> str:
+        """Names this training on this machine and in this folder, the same for each of its processes."""
+        return f"{platform.node()}/{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]}"
 
     @contextmanager
     def held(self) -> Iterator[None]:

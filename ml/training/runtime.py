@@ -7,6 +7,8 @@ from importlib import metadata
 
 import keras
 
+from ml.registry.provenance import hardware
+
 logger = logging.getLogger(__name__)
 
 
@@ -17,8 +19,9 @@ def backend() -> str:
 
 def computed_by() -> str:
     """Backend, versions and device: what may change a result in its last digits, and features kept on disk with it."""
-    name = backend()
-    return f"keras {keras.__version__}, {name} {metadata.version(name)}, {gpu() or 'cpu'}"
+    name, machine = backend(), hardware()
+    device = gpu() or f"{machine['cpu']}, {machine['cores']} cores"
+    return f"keras {keras.__version__}, {name} {metadata.version(name)}, {device}"
 
 
 def gpu() -> str | None:

@@ -89,7 +89,13 @@ def pretrain(
         position = where_to_start(checkpoint, "required" if resume else "no", recipe)
         run = stack.enter_context(
             tracking.run(
-                settings, name, tags=tags, seed=recipe.seed, run_id=position.run_id or None, experiment=EXPERIMENT
+                settings,
+                name,
+                tags=tags,
+                seed=recipe.seed,
+                origin=checkpoint.origin,
+                run_id=position.run_id or None,
+                experiment=EXPERIMENT,
             )
         )
         position.run_id = run.id
@@ -97,6 +103,9 @@ def pretrain(
         log_epochs_cut_off(run, recipe, position)
         train = store.load_split(settings.data_url, dataset_id, "train", recipe.train_limit)
         validation = store.load_split(settings.data_url, dataset_id, "validation", recipe.validation_limit)
+        if not resume:
+            checkpoint.clear()  # only now, as in a training
+        run.log_params({"images.train": len(train.labels), "images.validation": len(validation.labels)})
         try:
             trained = fit.train(
                 recipe,
@@ -116,7 +125,8 @@ def pretrain(
         save_base(trained.model, path, origin)
         sha256 = file_digest(path)
         seconds = checkpoint.wall_seconds(position)
-        run.log_metrics({"validation_accuracy": accuracy, "wall_seconds": seconds})
+        peak = checkpoint.peak_memory_mib(position)
+        run.log_metrics({"validation_accuracy": accuracy, "wall_seconds": seconds, "peak_memory_mib": peak})
         run.log_tags({"weights.sha256": sha256, "weights.origin": origin})
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pretrain-"))
         curves = Path(folder) / "learning_curves.png"

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ml.datasets import store
 from ml.errors import ConfigurationError, NotReproduced, RegistryError
@@ -39,6 +39,7 @@ class Train(Protocol):
         dataset_id: str,
         recipe: Recipe,
         *,
+        resume: Literal["required", "no"],
         tags: Mapping[str, str] | None,
         register: bool,
     ) -> Mapping[str, object]:
@@ -99,9 +100,9 @@ def original(settings: Settings, run_id: str) -> Original:
 
 
 def reproduce(
-    settings: Settings, original: Original, *, train: Train, resolve_weights: ResolveWeights
+    settings: Settings, original: Original, *, train: Train, resolve_weights: ResolveWeights, resume: bool = False
 ) -> dict[str, object]:
-    """Trains the run again, registers nothing, and compares.
+    """Trains the run again, registers nothing, and compares; `resume` goes on with one that was cut off.
 
     Compared are all metrics but times and memory: the last value and, where there are several, that of each epoch,
     digit for digit. Surroundings that differ (packages, hardware, commit) are told and do not count.
@@ -136,6 +137,7 @@ def reproduce(
         original.recipe.architecture,
         original.dataset_id,
         original.recipe,
+        resume="required" if resume else "no",
         tags={TAG_REPRODUCES: run.run_id},
         register=False,
     )
@@ -143,7 +145,9 @@ def reproduce(
     again = runs.by_id(str(done["run_id"]))
     was, now_is = runs.curves(run), runs.curves(again)
     differing = differences(was, now_is)
-    mark(settings, again.run_id, {TAG_OUTCOME: "differs" if differing else "same"})
+    # Resumed, it may have been begun to repeat another run of the very same training.
+    outcome = {TAG_REPRODUCES: run.run_id, TAG_OUTCOME: "differs" if differing else "same"}
+    mark(settings, again.run_id, outcome)
     environment = differences_of_surroundings(run.tags, again.tags)
     if differing:
         for item in differing:

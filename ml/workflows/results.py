@@ -92,21 +92,23 @@ def trained(run: TrainingRun) -> Trained:
         dataset_id=tags.get("dataset_id", ""),
         backend=tags.get("keras.backend", ""),
         test_accuracy=metrics.get("test_accuracy"),
-        images={
-            split: int(run.params[f"images.{split}"])
-            for split in ("train", "validation", "test")
-            if run.params.get(f"images.{split}", "").isdecimal()
-        },
+        images=_images(run),
         hardware=_hardware(tags),
         wall_seconds=metrics.get("wall_seconds"),
         peak_memory_mib=metrics.get("peak_memory_mib"),
         git_sha=tags.get("git.sha", ""),
         git_dirty=tags.get("git.dirty", ""),
         command=tags.get("command", ""),
+        gpu=tags.get("hardware.gpu", ""),
         resumed=int(tags.get("resumed", "0")),
         reproduces=tags.get("reproduces", ""),
         reproduction=tags.get("reproduction", ""),
     )
+
+
+def _images(run: TrainingRun) -> dict[str, int]:
+    found = {split: run.params.get(f"images.{split}", "") for split in ("train", "validation", "test")}
+    return {split: int(n) for split, n in found.items() if n.isdecimal()}
 
 
 def _hardware(tags: Mapping[str, str]) -> str:
@@ -129,6 +131,11 @@ def pretrained(run: TrainingRun) -> Pretrained:
         wall_seconds=run.metrics.get("wall_seconds"),
         sha256=run.tags.get("weights.sha256", ""),
         command=run.tags.get("command", ""),
+        seed=run.tags.get("seed", ""),
+        images=_images(run),
+        hardware=_hardware(run.tags),
+        peak_memory_mib=run.metrics.get("peak_memory_mib"),
+        git_sha=run.tags.get("git.sha", ""),
     )
 
 

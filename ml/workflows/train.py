@@ -5,6 +5,7 @@ reference that monitoring will compare against, and registers. Whether the versi
 """
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -61,7 +62,8 @@ def train(
         architecture: `baseline` or `vgg16`; must be the recipe's.
         dataset_id: of a stored dataset.
         recipe: `ml.training.recipe.load_recipe`, with overrides if any.
-        origin: what asks for it, the same at every attempt; see `ml.registry.tracking.run`.
+        origin: what asks for it, the same at every attempt; see `ml.registry.tracking.run`. None is this machine,
+            where one process at a time makes this training.
         resume: `required`: go on from the checkpoint of this recipe, seed, dataset, weights and backend; `if there`
             is one; `no`: start anew and forget it.
         tags: more of them for the run.
@@ -103,11 +105,17 @@ def train(
                 f"{architecture}-{recipe.name}",
                 tags=all_tags,
                 seed=recipe.seed,
-                origin=origin,
+                origin=origin or checkpoint.origin,
                 run_id=position.run_id or None,
             )
         )
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="train-")))
+        features = settings.cache_dir / "features"
+        if not register:
+            # A run that only repeats another one makes its features itself, and what a killed one left goes first.
+            features = settings.cache_dir / f"features-{checkpoint.path.stem}"
+            shutil.rmtree(features, ignore_errors=True)
+            stack.callback(shutil.rmtree, features, ignore_errors=True)
         position.run_id = run.id
         log_request(run, manifest, recipe)
         log_epochs_cut_off(run, recipe, position)
@@ -123,8 +131,7 @@ def train(
                 splits["validation"],
                 weights,
                 on_epoch=partial(log_epoch, run),
-                # A run that only repeats another one makes its features itself.
-                features=_features(settings) if register else None,
+                features=FeatureCache(features, int(settings.feature_cache_gib * 2**30)),
                 checkpoint=checkpoint,
                 position=position,
             )
@@ -292,10 +299,6 @@ def log_epochs_cut_off(run: tracking.Run, recipe: Recipe, position: Position) ->
     for epoch, figures in enumerate(epochs):
         if epoch not in known:
             log_epoch(run, stage, epoch, figures)
-
-
-def _features(settings: Settings) -> FeatureCache:
-    return FeatureCache(settings.cache_dir / "features", int(settings.feature_cache_gib * 2**30))
 
 
 def _measure_corrupted(

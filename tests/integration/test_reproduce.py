@@ -50,8 +50,9 @@ class Training:
         self.tags = {"weights": weights, "weights.sha256": sha256}
         self.calls = []
 
-    def __call__(self, settings, architecture, dataset_id, recipe, *, tags=None, register=True):
+    def __call__(self, settings, architecture, dataset_id, recipe, *, resume="no", tags=None, register=True):
         self.calls.append((architecture, dataset_id, recipe, tags, register))
+        self.resumed = resume
         named = {"architecture": architecture, "recipe": recipe.name, "dataset_id": dataset_id}
         with tracking.run(settings, "trained", tags={**named, **self.tags, **(tags or {})}, seed=recipe.seed) as run:
             run.log_dict(recipe.model_dump(mode="json"), "recipe.json")
@@ -81,6 +82,9 @@ def test_a_run_that_comes_out_the_same_is_reproduced(here, client):
     first, second = training.calls
     assert second[:3] == first[:3]
     assert second[3:] == ({"reproduces": run_id}, False)  # nothing is registered
+    assert training.resumed == "no"
+    reproduce(here, original(here, run_id), train=training, resolve_weights=no_weights, resume=True)
+    assert training.resumed == "required"
 
 
 def test_a_run_that_comes_out_otherwise_is_told_with_its_first_differences(here, client):

@@ -134,5 +134,5 @@ def test_pretraining_is_read_from_its_own_experiment(here, experiment, tmp_path)
     found = results(here, tmp_path / "results.md", **experiments(experiment))
     assert found["rows"] == []
     text = (tmp_path / "results.md").read_text()
-    assert "| `vgg16` | cifar-10 `ds-1` | 0.8123 | not recorded | `abababababab` |" in text
+    assert "| `vgg16` | cifar-10 `ds-1` | – | – | 0.8123 | not recorded | – | `abababababab` |" in text
     assert run.id in text

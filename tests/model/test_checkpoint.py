@@ -40,6 +40,14 @@ def plain(of: Position) -> dict[str, Any]:
     }
 
 
+def test_a_training_is_told_from_others_and_from_its_like_elsewhere(tmp_path: Path) -> None:
+    here = Checkpoint(tmp_path, IDENTITY).origin
+    assert here == Checkpoint(tmp_path, dict(IDENTITY)).origin
+    assert here != Checkpoint(tmp_path / "other", IDENTITY).origin
+    assert here != Checkpoint(tmp_path, {**IDENTITY, "seed": "2"}).origin
+    assert str(tmp_path) not in here, "it is shown in MLflow"
+
+
 def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "new", IDENTITY)
     assert checkpoint.load() is None

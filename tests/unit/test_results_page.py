@@ -237,11 +237,14 @@ def test_demo_runs_are_left_out_and_other_names_stand_apart():
 
 def test_pretraining_is_listed_with_the_digest_that_its_weights_go_by():
     done = Pretrained(
-        "f" * 32, BEGAN, "vgg16", "SYNTHETIC", "ds-1", 0.8123, 3700.0, "abcdef0123456789" * 4, "cifar10 pretrain"
-    )
+        "f" * 32, BEGAN, "vgg16", "SYNTHETIC", "ds-1", 0.8123, 3700.0, "abcdef0123456789" * 4, "cifar10 pretrain",
+        seed="20", images={"train": 1500}, hardware="a machine", peak_memory_mib=2345.6, git_sha="0123456789abcdef",
+    )  # fmt: skip
     line = cells(render([], [done]), "## Pretraining", "`vgg16`")
-    data, accuracy, seconds, digest, command, run_id = line[1:]
+    data, images, seed, accuracy, seconds, memory, digest, sha, command, run_id = line[1:]
     assert (data, accuracy, seconds, digest) == ("**SYNTHETIC** `ds-1`", "0.8123", "62 min", "`abcdef012345`")
+    assert (images, seed, memory, sha) == ("1500", "20", "2,346 MiB", "`0123456789ab`")
+    assert "made on: a machine." in render([], [done])
     assert (command, run_id) == ("`cifar10 pretrain`", f"`{'f' * 32}`")
     assert "## Pretraining" not in render([])
 
