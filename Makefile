@@ -55,7 +55,7 @@ compose-test: $(INSTALLED) ## The system in containers, from nothing: start, loo
 
 bench: bench-train ## All benchmarks, one after the other; leave the machine to them
 
-bench-train: $(INSTALLED) ## Training against Keras' own fit: speed, memory, accuracy (about ten minutes)
+bench-train: $(INSTALLED) ## Training against Keras' own fit: speed, memory, accuracy (about fifteen minutes)
 	$(BIN)/python -m benchmarks.training
 
 check: $(INSTALLED) ## Lint, format, types, layers
