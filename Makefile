@@ -5,8 +5,8 @@ INSTALLED := .venv/installed
 PYTEST := $(BIN)/python -m pytest
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo up down env images test test-services test-stack compose-test check format clean requirements \
-	bench bench-train
+.PHONY: help install demo up down env images test test-quick test-services test-stack test-model compose-test check format \
+	clean requirements bench bench-train
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -39,15 +39,22 @@ env: ## Write .env for the stack in containers: a random value for each secret t
 images: ## Build the images of the stack in containers
 	GIT_SHA=$$(git rev-parse HEAD 2>/dev/null || echo unknown) COMPOSE_PROFILES=celery,s3 $(COMPOSE) build
 
-# Two at a time: half of their time the tests of services wait, for a start, a retry or an outage to end.
+# Three groups at a time: much of their time they wait, for a start, a retry or an outage to end. The model's tests begin
+# when the quick ones have ended.
 test: $(INSTALLED) ## All tests, quick ones first
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-services test-stack
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=line test-quick test-services test-stack test-model
+
+test-quick: $(INSTALLED)
+	$(PYTEST) tests/architecture tests/unit tests/dags tests/browser
 
 test-services: $(INSTALLED)
-	$(PYTEST) tests/architecture tests/unit tests/dags tests/integration tests/browser
+	$(PYTEST) tests/integration
 
 test-stack: $(INSTALLED)
-	$(PYTEST) tests/model tests/stack
+	$(PYTEST) tests/stack
+
+test-model: $(INSTALLED)
+	$(PYTEST) tests/model
 
 # Not among the tests above: half an hour, and a Docker engine with its Compose.
 compose-test: $(INSTALLED) ## The system in containers, from nothing: start, loop, restarts, outages, removal; prints the times

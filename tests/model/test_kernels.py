@@ -136,7 +136,8 @@ def test_a_step_is_compiled_where_no_convolution_is_left(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("xla", "precision"), [(False, "float32"), (True, "float32"), (True, "mixed_float16")])
 def test_a_model_compiled_in_parts_trains_as_keras_does(xla: bool, precision: str) -> None:
-    x = RNG.normal(size=(50, 2, 2, 4)).astype(np.float32)
+    # In single precision the last batch is smaller, which is a program more to compile.
+    x = RNG.normal(size=(50 if precision == "float32" else 64, 2, 2, 4)).astype(np.float32)
     # Labels that it learns to be sure of, and validates on the opposite: the loss of what it holds impossible is large
     # and comes from the logits.
     y = (x.mean(axis=(1, 2, 3)) > 0).astype(np.int64)
@@ -151,7 +152,7 @@ def test_a_model_compiled_in_parts_trains_as_keras_does(xla: bool, precision: st
         if precision == "mixed_float16":
             adam = keras.optimizers.LossScaleOptimizer(adam)
         model.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=xla)
-        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)  # the last one smaller
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
         opposite = tf.data.Dataset.from_tensor_slices((10 * x, 1 - y)).batch(32)
         history = model.fit(data, epochs=4, validation_data=opposite, verbose=0).history
         return history, model.get_weights()
