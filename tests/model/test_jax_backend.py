@@ -18,10 +18,11 @@ import pytest
 from ml.datasets.manifest import Split
 from ml.errors import TrainingDiverged
 from ml.models.catalog import build
+from ml.models.vgg16_weights import Weights
 from ml.settings import PROJECT_ROOT
 from ml.training.checkpoint import Checkpoint, Position, read
 from ml.training.fit import TrainedModel, train
-from tests.model.conftest import BASELINE, coloured, figures
+from tests.model.conftest import BASELINE, TINY_VGG16, coloured, figures
 
 EVERYTHING = BASELINE.with_overrides(
     {
@@ -39,17 +40,6 @@ COMPARABLE = BASELINE.with_overrides(
         "model.block_dropout": 0.0,
         "optimizer": {"name": "sgd"},
         "keep_best_epoch": False,
-    }
-)
-# As VGG16 is fine-tuned, down to block 5's convolution of 2x2 images, and compiled in a third of its time.
-STAGED = BASELINE.with_overrides(
-    {
-        "model.filters": [4, 4, 4, 4, 4],
-        "model.block_dropout": 0.0,
-        "stages": [
-            {"name": "head", "epochs": 2, "learning_rate": 0.003, "unfreeze_from": "dense"},
-            {"name": "top", "epochs": 2, "learning_rate": 0.001, "unfreeze_from": "block5_conv1"},
-        ],
     }
 )
 TRAIN, VALIDATION = coloured(96, 1), coloured(48, 2)
@@ -111,10 +101,10 @@ def test_the_best_epochs_weights_are_kept_though_later_steps_reuse_their_memory(
     assert best["measured"] == pytest.approx(min(best["losses"]), rel=1e-4)
 
 
-def test_two_stages_train_on_cached_features(jax: dict[str, Any]) -> None:
-    staged = jax["staged"]
-    assert staged["cached_from"] == ["flatten", "block4_dropout"]
-    assert all(np.isfinite(loss) for loss in staged["losses"])
+def test_vgg16_trains_on_cached_features(jax: dict[str, Any]) -> None:
+    vgg16 = jax["vgg16"]
+    assert vgg16["cached_from"] == ["flatten", "block4_pool"]
+    assert all(np.isfinite(loss) for loss in vgg16["losses"])
 
 
 def test_what_jax_trained_is_exported_as_the_same_model(jax: dict[str, Any]) -> None:
@@ -170,9 +160,9 @@ def _best() -> dict[str, object]:
     return {"kept": stage.kept_epoch, "losses": [epoch["val_loss"] for epoch in stage.epochs], "measured": measured}
 
 
-def _staged() -> dict[str, object]:
+def _vgg16() -> dict[str, object]:
     few = coloured(32, 3)
-    trained = train(STAGED, few, few)
+    trained = train(TINY_VGG16, few, few, Weights("random"))
     return {
         "cached_from": [stage.cached_from for stage in trained.stages],
         "losses": [epoch["val_loss"] for stage in trained.stages for epoch in stage.epochs],
@@ -230,7 +220,7 @@ def _main(start: Path) -> None:
             "resumed": _alike(once, _resumed(Path(folder))),
             "best": _best(),
             "export_difference": export(once.model, Path(folder), VALIDATION.images).max_difference,
-            "staged": _staged(),
+            "vgg16": _vgg16(),
             "diverged": _diverged(start),
             "buffers_of_the_table": _buffers_of_the_table(),
         }

@@ -75,6 +75,7 @@ def piecewise(recipe: Recipe, *data: Any, folder: Path, pieces: list[int], **mor
     [
         # Saves: three epochs, the stage's end, two epochs, the stage's end.
         pytest.param(MANY, [2, 2, 1], id="everything"),
+        pytest.param(MANY | {"keep_best_epoch": False}, [3, 3], id="the mean of the last weights"),
         pytest.param(VIEWS, [2, 2], id="views, momentum, early stopping"),
         # Keras wraps the optimizer: its scale of the loss is a part of where the training stands. So is the mean of
         # the last weights, which the last piece has from the checkpoint alone: no epoch is left to it.
@@ -98,7 +99,7 @@ def test_a_resumed_training_is_the_same_training(
     same(piecewise(recipe, *data, folder=tmp_path, pieces=pieces), whole)
 
 
-def test_vgg16_goes_on_within_its_second_stage(
+def test_vgg16_goes_on_between_its_stages_and_within_the_second(
     tiny_vgg16: TrainedModel,
     train_split: Split,
     validation_split: Split,
@@ -108,7 +109,7 @@ def test_vgg16_goes_on_within_its_second_stage(
     resumed = piecewise(
         *(TINY_VGG16, first(train_split, 64), first(validation_split, 32), Weights("random")),
         folder=tmp_path,
-        pieces=[4],  # two epochs of the head, its end, the first epoch of the top
+        pieces=[3, 1],  # at the end of the head, then after the first epoch of the top
         features=vgg16_features,
     )
     same(resumed, tiny_vgg16)

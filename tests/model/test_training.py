@@ -104,16 +104,21 @@ def test_a_stage_ends_with_its_best_epoch_or_its_last_and_stops_when_nothing_get
     # The more it learns of the colours, the worse it does on images whose labels are all the next class.
     opposed = Split(validation_split.images, (validation_split.labels + 1) % 10, validation_split.ids)
     recipe = BASELINE.with_overrides({"stages.fit.epochs": 5})
-    last, stopped = (
+    best, last, stopped = (
         train(recipe.with_overrides(changes), few, opposed)
-        for changes in ({"keep_best_epoch": False}, {"early_stopping": 2})
+        for changes in ({}, {"keep_best_epoch": False}, {"early_stopping": 2})
     )
-    losses = [epoch["val_loss"] for epoch in last.stages[0].epochs]
+    losses = [epoch["val_loss"] for epoch in best.stages[0].epochs]
+    kept = losses.index(min(losses))
+    assert kept < 4, "it must get worse at some time for this test to say anything"
+    assert best.stages[0].kept_epoch == kept
+    assert loss_on(best.model, opposed) == pytest.approx(losses[kept], rel=1e-4)
+    assert figures(last) == figures(best)
     assert last.stages[0].kept_epoch == 4
     assert loss_on(last.model, opposed) == pytest.approx(losses[4], rel=1e-4)
     ends = next(i for i in range(5) if i - np.argmin(losses[: i + 1]) == 2)
-    assert ends < 4, "it must get worse for this test to say anything"
-    assert figures(stopped)[0] == figures(last)[0][: ends + 1]
+    assert ends < 4, "it must stop before its time for this test to say anything"
+    assert figures(stopped)[0] == figures(best)[0][: ends + 1]
     assert stopped.stages[0].kept_epoch == ends - 2
     assert loss_on(stopped.model, opposed) == pytest.approx(losses[ends - 2], rel=1e-4)
 
