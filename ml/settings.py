@@ -73,6 +73,10 @@ class Settings(BaseSettings):
     predictions_public_url: Address = _on_this_machine("api_port")
     reports_public_url: Address = _on_this_machine("reports_port")
 
+    # The gate.
+    gate_policy: Path = PROJECT_ROOT / "policies" / "gate.toml"
+    """What a model must show before it serves."""
+
     # Monitoring.
     monitor_min_predictions: int = Field(100, ge=2)
     monitor_max_predictions: int = Field(2000, ge=2)
@@ -88,9 +92,9 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("mlops_var_dir")
+    @field_validator("mlops_var_dir", "gate_policy")
     @classmethod
-    def _make_var_absolute(cls, value: Path) -> Path:
+    def _make_path_absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
     @field_validator("cifar10_source", "vgg16_weights", "mlops_data_url")

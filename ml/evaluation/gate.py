@@ -1,14 +1,17 @@
 """The gate: decides from figures alone which version may serve. Asks nobody and changes nothing.
 
-Measuring is `ml.workflows.promote`'s, and so is carrying the decision out. The rules:
+Measuring is `ml.workflows.promote`'s, and so is carrying the decision out; the bounds are a `GatePolicy`'s. The rules:
 
-1. Among the candidates whose figures are whole, the one with the highest validation accuracy is chosen. The test
-   figures have no part in this choice: choosing by them would turn the test set into a second validation set.
-2. The chosen one is promoted if its accuracy on the test images is strictly higher than the champion's on the same
-   images. A tie keeps the champion.
-3. With no champion, it is promoted if the lower end of its accuracy's 95 % interval lies above chance.
-4. A missing, impossible or NaN figure promotes nothing. A champion that could not be measured, or that belongs to
-   another dataset, leaves the candidates waiting: they were not judged.
+1. Every candidate must pass the mechanical and the absolute checks. A figure that is missing, impossible or NaN passes
+   none.
+2. Of those that do, the one with the highest validation accuracy is chosen. The test figures have no part in this
+   choice: choosing by them would turn the test set into a second validation set.
+3. The chosen one is promoted if it is better than the champion on the same test images by an exact McNemar test, and
+   has not been shown to be worse by more than a margin in any class, under corruption or in calibration. A tie, and
+   what cannot be told from one, keeps the champion.
+4. With no champion, rule 1 alone decides.
+5. A champion that could not be measured, or that belongs to another dataset, leaves the candidates waiting: they were
+   not judged.
 """
 
 import math
@@ -16,55 +19,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ml.evaluation.metrics import wilson_interval
-
-CHANCE = 0.1
-"""Accuracy of guessing one class of ten."""
+from ml.evaluation.comparison import Comparison, Difference
+from ml.evaluation.gate_policy import GatePolicy
+from ml.evaluation.measurement import Measurement
 
 Outcome = Literal["promoted", "refused", "pending"]
+Group = Literal["mechanical", "absolute", "champion", "shadow"]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Figures of one model on the test images. Accuracy, precision and recall (macro means) in 0-1; loss in nats."""
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One demand and what was found. `holds` is what decides; the rest is its evidence."""
 
-    n: int
-    accuracy: float
-    precision: float
-    recall: float
-    loss: float
+    name: str
+    group: Group
+    holds: bool
+    says: str
+    """A sentence: what was found, and what was expected."""
+    figure: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """95 % interval of the figure, where it has one."""
+    bound: float | None = None
+    unit: str = ""
 
-    def problem(self) -> str | None:
-        """What is wrong with these figures, in words; None where they can be used."""
-        if self.n <= 0:
-            return f"it was measured on {self.n} images"
-        for name in ("accuracy", "precision", "recall"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                return f"its {name} is {value}"
-        if not (math.isfinite(self.loss) and self.loss >= 0):
-            return f"its loss is {self.loss}"
-        return None
+
+def at_least(name: str, group: Group, figure: float, low: float, high: float, bound: float) -> Check:
+    """Holds where the whole interval lies at or above the bound."""
+    holds = all(map(math.isfinite, (figure, low, high))) and low >= bound
+    says = f"{figure:.4f} [{low:.4f}, {high:.4f}], at least {bound:g} wanted"
+    return Check(name, group, holds, says, figure, low, high, bound)
+
+
+def at_most(name: str, group: Group, figure: float, low: float, high: float, bound: float) -> Check:
+    """Holds where the whole interval lies at or below the bound."""
+    holds = all(map(math.isfinite, (figure, low, high))) and high <= bound
+    says = f"{figure:.4f} [{low:.4f}, {high:.4f}], at most {bound:g} wanted"
+    return Check(name, group, holds, says, figure, low, high, bound)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A version and what is known of it. `test` is None, and `error` says why, where it could not be measured."""
+    """A candidate and what is known of it.
+
+    `checks` are those that need no champion; where the candidate could not be measured there are none, and `error`
+    says why. `comparison` is with the champion that `decide` is given; None where there is none to compare with.
+    """
 
     version: int
     architecture: str
     dataset_id: str
     validation_accuracy: float | None
-    test: Measurement | None
+    checks: tuple[Check, ...] = ()
+    comparison: Comparison | None = None
     error: str | None = None
 
-    def problem(self) -> str | None:
-        """Why its test figures cannot be used, in words; None where they can."""
-        if self.error is not None:
-            return f"it could not be measured ({self.error})"
-        if self.test is None:
-            return "it was not measured"
-        return self.test.problem()
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that serves; `error` says why it gives nothing to compare with, None where it does."""
+
+    version: int
+    architecture: str
+    dataset_id: str
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ class Verdict:
     version: int
     outcome: Outcome
     reason: str
+    checks: tuple[Check, ...]
 
 
 @dataclass(frozen=True)
@@ -85,14 +104,17 @@ class Decision:
     verdicts: tuple[Verdict, ...]
 
 
-def decide(candidates: Sequence[Contender], champion: Contender | None, *, new_lineage: bool = False) -> Decision:
+def decide(
+    candidates: Sequence[Contender], champion: Champion | None, policy: GatePolicy, *, new_lineage: bool = False
+) -> Decision:
     """Applies the rules above. The same input gives the same answer, in whatever order the candidates come.
 
     Args:
         candidates: versions that wait for a verdict, all of one dataset.
         champion: the version that serves; None means that it is known that there is none.
+        policy: the bounds; those of `checks` were applied when the checks were made.
         new_lineage: lets the candidates succeed a champion of another dataset. The two cannot be compared (its
-            training images may be among these test images), so rule 3 applies.
+            training images may be among these test images), so rule 4 applies.
 
     Raises:
         ValueError: candidates of several datasets, or two with one version number.
@@ -103,44 +125,143 @@ def decide(candidates: Sequence[Contender], champion: Contender | None, *, new_l
     if not ordered:
         return Decision(None, "Nothing to judge: no version waits for a verdict.", ())
 
-    # Of no consequence for the rest: whoever is broken is refused, whatever stands against the others.
-    broken = {item.version: _flaw(item) for item in ordered}
-    whole = [item for item in ordered if broken[item.version] is None]
-    if not whole:
-        reasons = "; ".join(f"version {number}: {flaw}" for number, flaw in broken.items())
-        return Decision(None, f"No candidate can be used: {reasons}.", _verdicts(ordered, broken, {}))
+    # Of no consequence for the rest: whoever fails by itself is refused, whatever stands against the others.
+    flaws = {item.version: _flaw(item) for item in ordered}
+    sound = [item for item in ordered if flaws[item.version] is None]
+    verdicts = {
+        item.version: Verdict(item.version, "refused", f"refused: {flaw}.", item.checks)
+        for item in ordered
+        if (flaw := flaws[item.version]) is not None
+    }
+    if not sound:
+        reasons = "; ".join(f"version {number}: {flaw}" for number, flaw in flaws.items())
+        return _decision(None, f"No candidate can be used: {reasons}.", verdicts)
 
-    obstacle = _obstacle(whole[0], champion, new_lineage=new_lineage)
+    obstacle = _obstacle(sound[0], champion, new_lineage=new_lineage)
     if obstacle is not None:
-        waiting = {item.version: Verdict(item.version, "pending", obstacle) for item in whole}
-        return Decision(None, obstacle, _verdicts(ordered, broken, waiting))
+        waiting = {item.version: Verdict(item.version, "pending", obstacle, item.checks) for item in sound}
+        return _decision(None, obstacle, verdicts | waiting)
 
-    chosen = max(whole, key=lambda item: (item.validation_accuracy or 0.0, item.version))
-    wins, reason = _judge(chosen, champion)
+    chosen = max(sound, key=lambda item: (item.validation_accuracy or 0.0, item.version))
+    rival = champion if champion is not None and champion.dataset_id == chosen.dataset_id else None
+    judged = _without_rival(chosen, champion) if rival is None else _against(chosen, rival, policy)
     passed_over = {
         item.version: Verdict(
             item.version,
             "refused",
             f"version {chosen.version} was chosen over it by validation accuracy: "
             f"{chosen.validation_accuracy:.4f} against {item.validation_accuracy:.4f}.",
+            item.checks,
         )
-        for item in whole
+        for item in sound
         if item is not chosen
     }
-    judged = {chosen.version: Verdict(chosen.version, "promoted" if wins else "refused", reason)}
-    return Decision(chosen.version if wins else None, reason, _verdicts(ordered, broken, passed_over | judged))
+    promoted = chosen.version if judged.outcome == "promoted" else None
+    return _decision(promoted, judged.reason, verdicts | passed_over | {chosen.version: judged})
+
+
+def absolute_checks(measured: Measurement, policy: GatePolicy) -> tuple[Check, ...]:
+    """What is demanded of every candidate's figures, whoever serves."""
+    bounds, found, corrupted = policy.absolute, measured.metrics, measured.robustness
+    checks = [
+        at_least("accuracy", "absolute", found.accuracy, found.accuracy_low, found.accuracy_high, bounds.accuracy),
+        at_most(
+            "calibration error",
+            "absolute",
+            found.calibration_error,
+            measured.calibration_low,
+            measured.calibration_high,
+            bounds.calibration_error,
+        ),
+    ]
+    mean = "accuracy under corruption"
+    if corrupted is None:
+        return (*checks, Check(mean, "absolute", holds=False, says="was not measured", bound=bounds.corrupted_accuracy))
+    figures = (corrupted.mean_accuracy, corrupted.mean_accuracy_low, corrupted.mean_accuracy_high)
+    return (*checks, at_least(mean, "absolute", *figures, bounds.corrupted_accuracy))
+
+
+def champion_checks(comparison: Comparison, policy: GatePolicy) -> tuple[Check, ...]:
+    """What is demanded of a candidate that has a champion to beat."""
+    demands = policy.champion
+    better = comparison.accuracy
+    pairs = comparison.pairs
+    checks = [
+        Check(
+            name="better than the champion",
+            group="champion",
+            holds=better.value > 0 and comparison.p_value <= demands.level,
+            says=f"accuracy {better.value:+.4f} [{better.low:+.4f}, {better.high:+.4f}] on the same {pairs.n} images: "
+            f"{pairs.gained} gained, {pairs.lost} lost, exact McNemar p = {comparison.p_value:.2g}, at most "
+            f"{demands.level:g} wanted; a true difference of {comparison.smallest_seen:.4f} would be seen "
+            f"{demands.power:.0%} of the time",
+            figure=better.value,
+            low=better.low,
+            high=better.high,
+            bound=0.0,
+        )
+    ]
+    for each in comparison.classes:
+        checks.append(
+            Check(
+                name=f"{each.label}: recall",
+                group="champion",
+                holds=each.fallen_p > demands.level,
+                says=f"{each.recall.value:+.4f} [{each.recall.low:+.4f}, {each.recall.high:+.4f}] on {each.pairs.n} "
+                f"images; p = {each.fallen_p:.2g} that it fell by no more than {demands.class_margin:g}, above "
+                f"{demands.level:g} wanted",
+                figure=each.recall.value,
+                low=each.recall.low,
+                high=each.recall.high,
+                bound=-demands.class_margin,
+            )
+        )
+    for name, found, margin, sign in (
+        ("accuracy under corruption", comparison.corrupted_accuracy, demands.corrupted_margin, 1),
+        ("calibration error", comparison.calibration_error, demands.calibration_margin, -1),
+    ):
+        if found is not None:
+            checks.append(_not_shown_worse(name, found, margin, sign))
+    return tuple(checks)
+
+
+def _not_shown_worse(name: str, found: Difference, margin: float, sign: int) -> Check:
+    """Fails where the whole interval lies beyond the margin on the bad side: `sign` is 1 where more is better."""
+    worst, best = (found.low, found.high) if sign > 0 else (-found.high, -found.low)
+    wanted = f"not shown to have {'fallen' if sign > 0 else 'risen'} by more than {margin:g}"
+    return Check(
+        name=f"change of {name}",
+        group="champion",
+        holds=math.isfinite(worst) and best >= -margin,
+        says=f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}], {wanted}",
+        figure=found.value,
+        low=found.low,
+        high=found.high,
+        bound=-margin * sign,
+    )
 
 
 def _flaw(item: Contender) -> str | None:
+    """Why this candidate is refused whoever serves; None where it is not."""
+    if item.error is not None:
+        return f"it could not be measured ({item.error})"
     value = item.validation_accuracy
     if value is None:
         return "no validation accuracy was kept with it"
     if not (math.isfinite(value) and 0 <= value <= 1):
         return f"its validation accuracy is {value}"
-    return item.problem()
+    if not item.checks:
+        return "it was not measured"
+    return _failures(item.checks)
 
 
-def _obstacle(candidate: Contender, champion: Contender | None, *, new_lineage: bool) -> str | None:
+def _failures(checks: Sequence[Check]) -> str | None:
+    failed = [f"{check.name}: {check.says}" for check in checks if not check.holds]
+    return "; ".join(failed) or None
+
+
+def _obstacle(candidate: Contender, champion: Champion | None, *, new_lineage: bool) -> str | None:
+    """Why candidates that are sound cannot be judged now; None where they can."""
     if champion is None:
         return None
     if champion.dataset_id != candidate.dataset_id:
@@ -151,50 +272,45 @@ def _obstacle(candidate: Contender, champion: Contender | None, *, new_lineage: 
             f"candidates to {candidate.dataset_id}: they cannot be compared. Promote with --new-lineage to let a model "
             "of the new dataset succeed it."
         )
-    problem = champion.problem()
-    if problem is not None:
+    if champion.error is not None:
         return (
-            f"The champion, version {champion.version}, gives nothing to compare with: {problem}. The candidates wait; "
-            "`cifar10 rollback` restores the previous champion."
+            f"The champion, version {champion.version}, gives nothing to compare with: {champion.error}. The "
+            "candidates wait; `cifar10 rollback` restores the previous champion."
         )
     return None
 
 
-def _judge(chosen: Contender, champion: Contender | None) -> tuple[bool, str]:
-    assert chosen.test is not None  # noqa: S101 - whole candidates only
-    mine = chosen.test
-    who = f"version {chosen.version} ({chosen.architecture})"
-    if champion is None or champion.test is None or champion.dataset_id != chosen.dataset_id:
-        lower, _ = wilson_interval(round(mine.accuracy * mine.n), mine.n)
-        figures = f"test accuracy {mine.accuracy:.4f} on {mine.n} images, 95 % lower bound {lower:.4f}"
-        if lower > CHANCE:
-            return True, f"{_without_rival(chosen, champion)} {who} is above chance ({CHANCE:.2f}): {figures}."
-        return False, f"{_without_rival(chosen, champion)} {who} is not clearly above chance ({CHANCE:.2f}): {figures}."
-    theirs = champion.test
-    other = f"champion version {champion.version} ({champion.architecture})"
-    if theirs.n != mine.n:
-        return False, f"{who} and {other} were measured on different images: {mine.n} against {theirs.n}."
-    figures = f"test accuracy {mine.accuracy:.4f} against {theirs.accuracy:.4f} on the same {mine.n} images"
-    if mine.accuracy > theirs.accuracy:
-        return True, f"{who} is better than {other}: {figures}."
-    if mine.accuracy == theirs.accuracy:
-        return False, f"{who} only equals {other}, and a tie keeps the champion: {figures}."
-    return False, f"{who} is not better than {other}: {figures}."
+def _against(chosen: Contender, champion: Champion, policy: GatePolicy) -> Verdict:
+    who, other = _named(chosen), f"champion {_named(champion)}"
+    if chosen.comparison is None or chosen.comparison.champion != champion.version:
+        return Verdict(chosen.version, "refused", f"{who} was not compared with {other}.", chosen.checks)
+    checks = champion_checks(chosen.comparison, policy)
+    failed = _failures(checks)
+    figures = checks[0].says
+    if failed is None:
+        return Verdict(chosen.version, "promoted", f"{who} is better than {other}: {figures}.", chosen.checks + checks)
+    reason = f"{who} does not succeed {other}: {failed}."
+    if chosen.comparison.accuracy.value == 0:
+        reason = f"{who} only equals {other}, and a tie keeps the champion: {figures}."
+    return Verdict(chosen.version, "refused", reason, chosen.checks + checks)
 
 
-def _without_rival(chosen: Contender, champion: Contender | None) -> str:
-    if champion is None:
-        return "No champion to beat;"
-    return (
-        f"A new lineage: the champion, version {champion.version} of dataset {champion.dataset_id or 'unknown'}, is "
-        f"not compared with models of {chosen.dataset_id};"
+def _without_rival(chosen: Contender, champion: Champion | None) -> Verdict:
+    why = (
+        "there is no champion to beat"
+        if champion is None
+        else f"a new lineage: the champion, version {champion.version} of dataset {champion.dataset_id or 'unknown'}, "
+        f"is not compared with models of {chosen.dataset_id}"
+    )
+    figures = "; ".join(f"{check.name}: {check.says}" for check in chosen.checks if check.group == "absolute")
+    return Verdict(
+        chosen.version, "promoted", f"{_named(chosen)} passes every check, and {why}. {figures}.", chosen.checks
     )
 
 
-def _verdicts(
-    ordered: Sequence[Contender], broken: dict[int, str | None], judged: dict[int, Verdict]
-) -> tuple[Verdict, ...]:
-    return tuple(
-        judged.get(item.version) or Verdict(item.version, "refused", f"refused: {broken[item.version]}.")
-        for item in ordered
-    )
+def _named(item: Contender | Champion) -> str:
+    return f"version {item.version} ({item.architecture})"
+
+
+def _decision(promoted: int | None, reason: str, verdicts: dict[int, Verdict]) -> Decision:
+    return Decision(promoted, reason, tuple(verdicts[number] for number in sorted(verdicts)))

@@ -1,7 +1,7 @@
 """How good a set of predictions is, as a pure function of labels and probabilities. Plots and decisions are others'."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy.stats import binomtest
@@ -113,13 +113,35 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     Raises:
         InputInvalid: as `evaluate`.
     """
-    labels, probabilities = _checked(labels, probabilities)
-    confidence = probabilities.max(axis=1)
-    correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    interval = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    # |sum of confidences - hits| of a bin is its size times |mean confidence - accuracy|.
-    gaps = np.abs(np.bincount(interval, weights=confidence - correct, minlength=bins))
-    return float(gaps.sum() / len(labels))
+    gaps = CalibrationGaps.of(labels, probabilities, bins)
+    return gaps.error(np.ones(len(gaps.bins)))
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationGaps:
+    """What each image adds to the calibration error, so that a resample of the images costs one sum."""
+
+    bins: np.ndarray
+    """int (n,): the interval of confidence that the image lies in."""
+    gaps: np.ndarray
+    """float (n,): confidence less 1 where the prediction is right, less 0 where it is wrong."""
+
+    @classmethod
+    def of(cls, labels: np.ndarray, probabilities: np.ndarray, bins: int = CALIBRATION_BINS) -> Self:
+        """As `calibration_error` takes them.
+
+        Raises:
+            InputInvalid: as `evaluate`.
+        """
+        labels, probabilities = _checked(labels, probabilities)
+        confidence = probabilities.max(axis=1)
+        correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+        return cls(np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1), confidence - correct)
+
+    def error(self, counts: np.ndarray) -> float:
+        """The calibration error of a sample that holds each image so often: number (n,), of positive sum."""
+        # |sum of confidences - hits| of a bin is its size times |mean confidence - accuracy|.
+        return float(np.abs(np.bincount(self.bins, weights=self.gaps * counts)).sum() / counts.sum())
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -8,16 +8,16 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from ml.datasets.labels import NUM_CLASSES
 from ml.errors import InputInvalid
 from ml.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from ml.evaluation.metrics import wilson_interval
+from ml.evaluation.significance import student_interval
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,9 @@ class Robustness:
     """Mean over the severities."""
     cells: dict[tuple[str, int], float]
     """By corruption and severity."""
+    accuracy_per_image: np.ndarray = field(repr=False, compare=False)
+    """float (n,): the share of the cells in which an image is right. The images stand in an order of their own, the
+    same for every model measured on them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `cells` as {corruption: {severity as text: accuracy}}."""
@@ -103,7 +106,8 @@ def robustness(
                 "Robustness: %d of %d cells, %.0f images/s, %.0f s left",
                 len(cells), len(grid), len(images) / per_cell, per_cell * (len(grid) - len(cells)),
             )  # fmt: skip
-    low, high = mean_interval(hits_per_image / len(grid))
+    accuracy_per_image = hits_per_image / len(grid)
+    low, high = mean_interval(accuracy_per_image)
     found = Robustness(
         n=len(images),
         mean_accuracy=int(hits_per_image.sum()) / (len(images) * len(grid)),
@@ -113,6 +117,7 @@ def robustness(
             name: math.fsum(cells[name, severity] for severity in severities) / len(severities) for name in corruptions
         },
         cells=cells,
+        accuracy_per_image=accuracy_per_image,
     )
     logger.info(
         "Robustness: mean accuracy %.4f (95 %% interval %.4f to %.4f) over %d cells of %d images, in %.0f s",
@@ -143,8 +148,8 @@ def mean_interval(accuracy_per_image: np.ndarray) -> tuple[float, float]:
     mean = float(accuracy_per_image.mean())
     if np.ptp(accuracy_per_image) == 0:
         return wilson_interval(round(mean * n), n)
-    half = float(t.ppf(0.975, n - 1) * accuracy_per_image.std(ddof=1) / math.sqrt(n))
-    return max(0.0, mean - half), min(1.0, mean + half)
+    low, high = student_interval(accuracy_per_image)
+    return max(0.0, low), min(1.0, high)
 
 
 def _cell_seed(seed: int, name: str, severity: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import chi2, kstwo
 
 from ml.datasets.labels import NUM_CLASSES
+from ml.evaluation.significance import holm
 from ml.monitoring.reference import Sample
 
 MIN_EXPECTED = 5.0
@@ -183,22 +184,3 @@ def _merge_sparse(table: np.ndarray) -> np.ndarray:
         others[:, others.sum(axis=0).argmin()] += table[:, rarest]
         table = others
     return table
-
-
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's step-down adjusted p-values: rejecting those at most alpha keeps the family-wise error at most alpha.
-
-    The i-th smallest of m becomes the running maximum of (m - i + 1) * p, at most 1. Source: Holm, "A simple
-    sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979).
-
-    Args:
-        p_values: floats (m,), 0..1, any order.
-
-    Returns:
-        Adjusted p-values (m,) in the order of `p_values`.
-    """
-    order = np.argsort(p_values, kind="stable")
-    scaled = p_values[order] * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return adjusted

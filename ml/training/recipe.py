@@ -4,10 +4,8 @@ Owns what a run may be asked for; leaves how it is done to `fit`. Imports no Ten
 refuse a bad recipe at once.
 """
 
-import difflib
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ml.errors import ConfigurationError
 from ml.models.specs import ARCHITECTURES, BaselineSpec, Vgg16BaseSpec, Vgg16Spec
 from ml.settings import PROJECT_ROOT
+from ml.toml_files import nearest, read_toml
 
 RECIPES_DIR = PROJECT_ROOT / "recipes"
 PRETRAINING_RECIPE = RECIPES_DIR / "pretraining" / "vgg16.toml"
@@ -144,7 +143,7 @@ class _Recipe(BaseModel):
             if stage.unfreeze_from is not None and stage.unfreeze_from not in known:
                 raise ValueError(
                     f"stages.{stage.name}.unfreeze_from = {stage.unfreeze_from!r}: there is no such layer with weights"
-                    f"{_nearest(stage.unfreeze_from, known)}; there are {', '.join(known)}"
+                    f"{nearest(stage.unfreeze_from, known)}; there are {', '.join(known)}"
                 )
         if self.train_limit is not None and self.batch_size > self.train_limit:
             raise ValueError(f"batch_size ({self.batch_size}) is larger than train_limit ({self.train_limit})")
@@ -227,13 +226,13 @@ def load_recipe(architecture: str, name: str, folder: Path = RECIPES_DIR) -> Rec
     """
     if architecture not in ARCHITECTURES:
         raise ConfigurationError(
-            f"There is no architecture {architecture!r}{_nearest(architecture, ARCHITECTURES)}.",
+            f"There is no architecture {architecture!r}{nearest(architecture, ARCHITECTURES)}.",
             fix=f"use one of {', '.join(ARCHITECTURES)}.",
         )
     known = available_recipes(architecture, folder)
     if name not in known:
         raise ConfigurationError(
-            f"There is no recipe {name!r} for {architecture}{_nearest(name, known)}.",
+            f"There is no recipe {name!r} for {architecture}{nearest(name, known)}.",
             fix=f"use one of {', '.join(known) or '(none)'}, or add {folder / architecture / (name + '.toml')}.",
         )
     path = folder / architecture / f"{name}.toml"
@@ -244,20 +243,6 @@ def load_recipe(architecture: str, name: str, folder: Path = RECIPES_DIR) -> Rec
             fix=f"write name = {name!r} and architecture = {architecture!r} at its top, or move the file.",
         )
     return parse_recipe(content, origin=str(path))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The file's plain values.
-
-    Raises:
-        ConfigurationError: it cannot be read, or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}.", fix="correct the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not TOML: {error}.", fix="correct the file.") from error
 
 
 def parse_recipe(content: Mapping[str, Any], *, origin: str) -> Recipe:
@@ -302,17 +287,17 @@ def _replace(content: dict[str, Any], key: str, value: object, origin: str) -> N
         inside = _entries(place)
         if place is content.get("stages") and part not in inside:
             raise ConfigurationError(
-                f"{origin}: there is no stage {part!r}{_nearest(part, list(inside))}.",
+                f"{origin}: there is no stage {part!r}{nearest(part, list(inside))}.",
                 fix=f"use one of {', '.join(inside)}.",
             )
         if not isinstance(inside.get(part), dict | list):
             raise ConfigurationError(
-                f"{origin}: unknown key {key!r}{_nearest(part, list(inside))}.", fix="use a key of the recipe."
+                f"{origin}: unknown key {key!r}{nearest(part, list(inside))}.", fix="use a key of the recipe."
             )
         place = inside[part]
     if not isinstance(place, dict) or last not in place:
         raise ConfigurationError(
-            f"{origin}: unknown key {key!r}{_nearest(last, list(_entries(place)))}.", fix="use a key of the recipe."
+            f"{origin}: unknown key {key!r}{nearest(last, list(_entries(place)))}.", fix="use a key of the recipe."
         )
     place[last] = value
 
@@ -342,7 +327,7 @@ def _explain(item: Any, architecture: str) -> str:
     location = [str(part) for part in item["loc"][1:]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(location[-1], _known_keys(architecture, location))}"
+        return f"unknown key {key!r}{nearest(location[-1], _known_keys(architecture, location))}"
     if item["type"].startswith("union_tag"):
         return f"architecture must be one of {', '.join(_KINDS)}"
     if item["type"] == "missing":
@@ -350,8 +335,3 @@ def _explain(item: Any, architecture: str) -> str:
     if item["type"] == "value_error":
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
     return f"{key} = {item['input']!r}: {item['msg']}" if key else item["msg"]
-
-
-def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    found = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""

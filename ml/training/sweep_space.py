@@ -18,7 +18,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ml.errors import ConfigurationError
-from ml.training.recipe import Recipe, parse_recipe, read_toml
+from ml.toml_files import nearest, read_toml
+from ml.training.recipe import Recipe, parse_recipe
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -379,10 +380,6 @@ def _explain(item: Any) -> str:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, known, n=1) or [
-        # "learning_rate" is meant for "stages.fit.learning_rate", which shares too few letters to be near.
-        name
-        for name in known
-        if name.endswith(f".{word.rsplit('.', 1)[-1]}")
-    ]
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    # "learning_rate" is meant for "stages.fit.learning_rate", which shares too few letters to be near.
+    ends_alike = [name for name in known if name.endswith(f".{word.rsplit('.', 1)[-1]}")]
+    return nearest(word, known) or (nearest(ends_alike[0], ends_alike) if ends_alike else "")

@@ -17,9 +17,10 @@ from ml.evaluation import plots
 from ml.models.vgg16_base import SUFFIX, save_base
 from ml.registry import tracking
 from ml.settings import PROJECT_ROOT, Settings
+from ml.toml_files import read_toml
 from ml.training import fit, runtime
 from ml.training.checkpoint import Checkpoint
-from ml.training.recipe import PRETRAINING_RECIPE, Vgg16BaseRecipe, parse_recipe, read_toml, refuse_unless_it_fits
+from ml.training.recipe import PRETRAINING_RECIPE, Vgg16BaseRecipe, parse_recipe, refuse_unless_it_fits
 from ml.workflows.train import log_epoch, log_epochs_cut_off, log_request, where_to_start
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from ml.models.chain import chain_of
 from ml.models.specs import VGG16_CONVOLUTIONS, Vgg16BaseSpec, Vgg16Spec, norm_of
 from ml.models.vgg16_base import folded, save_base
 from ml.models.vgg16_weights import Weights, resolve_weights
-from ml.training.recipe import PRETRAINING_RECIPE, Vgg16BaseRecipe, parse_recipe, read_toml
+from ml.toml_files import read_toml
+from ml.training.recipe import PRETRAINING_RECIPE, Vgg16BaseRecipe, parse_recipe
 
 ORIGIN = "pretrained on the training split of nothing"
 

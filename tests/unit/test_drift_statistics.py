@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from ml.monitoring.reference import STATISTIC_NAMES, Sample
-from ml.monitoring.statistics import chi_squared_homogeneity, holm, ks_two_sample, test_drift
+from ml.monitoring.statistics import chi_squared_homogeneity, ks_two_sample, test_drift
 
 ALPHA = 0.05  # larger than the setting's default, so that a few hundred windows can tell a wrong rate
 WINDOWS = 400
@@ -78,12 +78,6 @@ def test_sparse_cells_are_merged_rarest_first():
 def test_counts_that_can_show_nothing_show_nothing():
     assert chi_squared_homogeneity(np.array([500, 500]), np.array([2, 1])) == (0.0, 1.0)
     assert chi_squared_homogeneity(np.array([500, 0]), np.array([300, 0])) == (0.0, 1.0)
-
-
-def test_holm_by_hand():
-    # Sorted 0.005, 0.01, 0.03, 0.04 by 4, 3, 2, 1: 0.02, 0.03, 0.06, then 0.04 raised to 0.06.
-    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(holm(np.array([0.9, 0.6])), [1.0, 1.0])
 
 
 @pytest.mark.parametrize("n", [100, 1000])
