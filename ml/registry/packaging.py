@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALIDATION_ACCURACY = "validation_accuracy"
-_TAG_LOGGED_MODEL = "logged_model"
 _MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 
 
@@ -262,13 +261,13 @@ def _create(
                     raise
             # The answer to an earlier attempt may have been lost after the version was made.
             for item in run.client.search_model_versions(f"run_id = '{run.id}'"):
-                if item.tags.get(_TAG_LOGGED_MODEL) == model_id:
+                if item.tags.get(versions.TAG_LOGGED_MODEL) == model_id:
                     return item
             return run.client.create_model_version(
                 versions.MODEL_NAME,
                 f"models:/{model_id}",
                 run_id=run.id,
-                tags={**tags, _TAG_LOGGED_MODEL: model_id},
+                tags={**tags, versions.TAG_LOGGED_MODEL: model_id},
                 model_id=model_id,
                 await_creation_for=0,
             )

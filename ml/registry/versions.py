@@ -10,6 +10,8 @@ A version's files, here and in MLflow:
     artifacts/model.keras                  what training goes on from
     artifacts/reference.parquet            held-out predictions that drift is measured against
     artifacts/card.md                      what it is, in words
+
+Beside them lies what was found out about it later, each in a folder of its own: see `Registry.attach`.
 """
 
 import logging
@@ -21,7 +23,10 @@ from pathlib import Path
 
 import mlflow.artifacts
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from ml.digests import file_digest
 from ml.errors import ModelInvalid, ModelNotFound, RegistryError, RegistryUnavailable, StorageError
@@ -38,8 +43,12 @@ MODEL_FILES = (ONNX_FILE, KERAS_FILE, REFERENCE_FILE, CARD_FILE)
 
 TAG_ARCHITECTURE, TAG_DATASET, TAG_DATA, TAG_WEIGHTS = "architecture", "dataset_id", "data", "weights"
 TAG_DECISION, TAG_REASON = "gate.decision", "gate.reason"
+TAG_LOGGED_MODEL = "logged_model"
+"""The id of MLflow's logged model, which holds the version's files."""
 PENDING = "pending"
 """The decision on a version that waits for the gate; the others are `ml.evaluation.gate.Outcome`'s."""
+
+_OWN_FOLDERS = ("", "artifacts", "code")
 
 
 def checksum_tag(file: str) -> str:
@@ -95,7 +104,7 @@ class Registry:
     """The versions of one registered model at one MLflow server. Holds no state; threads may share it.
 
     Every method raises RegistryUnavailable, within ten seconds, where MLflow could not be asked; that says nothing of
-    what it would have answered. Only `fetch`, which moves files, may take longer.
+    what it would have answered. Only `fetch`, `attach` and `read_attached`, which move files, may take longer.
     """
 
     def __init__(self, tracking_uri: str, name: str = MODEL_NAME) -> None:
@@ -215,6 +224,71 @@ class Registry:
             ) from error
         return folder
 
+    def attach(self, version: ModelVersion, folder: Path, under: str) -> None:
+        """Puts the files of a local folder beside the version's own, under `under`/, where MLflow's page shows them.
+
+        A file of the same name is replaced; others that lie there stay. Safe to repeat: each file appears whole.
+
+        Args:
+            version: which one.
+            folder: what to upload, with its subfolders; holds one file or more.
+            under: a relative path such as `gate`; not one that the version's own files lie in.
+
+        Raises:
+            ModelInvalid: it was registered by something else.
+            ModelNotFound: its files were deleted in MLflow.
+            StorageError: there is nothing in `folder`, or it cannot be read.
+            ValueError: `under` is the version's own.
+        """
+        if under.split("/", maxsplit=1)[0] in (*_OWN_FOLDERS, ".", ".."):
+            raise ValueError(f"Files cannot be attached under {under!r}: the version's own lie there.")
+        if not any(path.is_file() for path in folder.rglob("*")):
+            raise StorageError(f"There is no file in {folder} to attach.", fix="write the files there first.")
+        store = self._files_of(self._logged_model(version))
+        try:
+            with asking(self.tracking_uri, BULK):
+                store.log_artifacts(str(folder), under)
+        except OSError as error:
+            raise StorageError(
+                f"The files of {folder} could not be read: {error}.", fix="see that they may be read, then try again."
+            ) from error
+
+    def read_attached(self, version: ModelVersion, path: str) -> bytes:
+        """The content of an attached file; `path` is relative, such as `gate/report.json`.
+
+        Raises:
+            ModelInvalid: the version was registered by something else.
+            ModelNotFound: MLflow answered that there is no such file.
+        """
+        store = self._files_of(self._logged_model(version))
+        with asking(self.tracking_uri):
+            # Listed first: MLflow reports a file that is missing and a server that is away alike.
+            listed = store.list_artifacts(path.rpartition("/")[0] or None)
+        if path not in {item.path for item in listed if not item.is_dir}:
+            raise ModelNotFound(
+                f"{version.name} version {version.version} has no file {path} attached.",
+                fix="see its page in MLflow for what it has.",
+            )
+        with tempfile.TemporaryDirectory(prefix="attached-") as folder:
+            with asking(self.tracking_uri, BULK):
+                local = Path(store.download_artifacts(path, folder))
+            return local.read_bytes()
+
+    def attachment_page(self, version: ModelVersion, public_url: str) -> str:
+        """The address at which a person sees the version's files, and what is attached to it, in MLflow's pages.
+
+        Args:
+            version: which one.
+            public_url: MLflow's address as a browser reaches it.
+
+        Raises:
+            ModelInvalid: the version was registered by something else.
+            ModelNotFound: its files were deleted in MLflow.
+        """
+        model = self._logged_model(version)
+        page = f"experiments/{model.experiment_id}/models/{model.model_id}/artifacts"
+        return f"{public_url.rstrip('/')}/#/{page}"
+
     def _bearer(self, alias: str) -> ModelVersion:
         with asking(self.tracking_uri):
             return _version(self._client.get_model_version_by_alias(self.name, alias))
@@ -226,6 +300,22 @@ class Registry:
         except ModelNotFound:
             return {}
         return aliases
+
+    def _logged_model(self, version: ModelVersion) -> LoggedModel:
+        try:
+            model_id = version.tags[TAG_LOGGED_MODEL]
+        except KeyError:
+            raise ModelInvalid(
+                f"{version.name} version {version.version} has no record of where MLflow keeps its files.",
+                fix="it was registered by something else: register models with `cifar10 train`.",
+            ) from None
+        with asking(self.tracking_uri):
+            return self._client.get_logged_model(model_id)
+
+    def _files_of(self, model: LoggedModel) -> ArtifactRepository:
+        # Not the client's methods: they keep for the whole process which server an id was first looked up at.
+        with asking(self.tracking_uri):
+            return get_artifact_repository(model.artifact_location, tracking_uri=self.tracking_uri)
 
     def _checksum(self, version: ModelVersion, file: str) -> str:
         try:

@@ -246,6 +246,79 @@ def test_a_version_that_something_else_registered_has_no_files_to_trust(here, tm
         Registry(here.tracking_uri).fetch(2, here.cache_dir)
 
 
+def attached(folder, content: bytes):
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_bytes(content)
+    (folder / "plots" / "one.png").write_bytes(b"png")
+    return folder
+
+
+def test_what_is_attached_is_listed_read_back_and_replaced(here, tmp_path):
+    import mlflow
+
+    version = register_tiny(here, small_dataset(here), tmp_path)
+    registry = Registry(here.tracking_uri)
+    registry.attach(version, attached(tmp_path / "first", b"1"), "gate")
+    registry.attach(version, attached(tmp_path / "second", b"22"), "gate")
+    assert registry.read_attached(version, "gate/report.json") == b"22"
+    assert registry.read_attached(registry.by_version(1), "gate/plots/one.png") == b"png"
+    client = mlflow.MlflowClient(here.tracking_uri, here.tracking_uri)
+    listed = client.list_logged_model_artifacts(version.tags["logged_model"], "gate")
+    assert [(item.path, item.is_dir) for item in listed] == [("gate/plots", True), ("gate/report.json", False)]
+    assert registry.fetch(version, here.cache_dir).is_dir(), "the version's own files were touched"
+
+
+def test_what_was_not_attached_is_there_is_none(here, tmp_path):
+    version = register_tiny(here, small_dataset(here), tmp_path)
+    registry = Registry(here.tracking_uri)
+    registry.attach(version, attached(tmp_path / "files", b"1"), "gate")
+    for path in ("gate/other.json", "nowhere/report.json", "report.json", "gate/plots", "gate"):
+        with pytest.raises(ModelNotFound, match=f"no file {path} attached"):
+            registry.read_attached(version, path)
+
+
+def test_attaching_with_the_registry_away_is_could_not_ask(here, tmp_path):
+    version = register_tiny(here, small_dataset(here), tmp_path)
+    away = Registry("http://127.0.0.1:9")
+    for ask in (
+        lambda: away.attach(version, attached(tmp_path / "files", b"1"), "gate"),
+        lambda: away.read_attached(version, "gate/report.json"),
+        lambda: away.attachment_page(version, "http://mlflow"),
+    ):
+        with pytest.raises(RegistryUnavailable, match="could not be asked"):
+            ask()
+
+
+def test_nothing_is_attached_over_the_versions_own_files_nor_from_an_empty_folder(here, tmp_path):
+    version = register_tiny(here, small_dataset(here), tmp_path)
+    registry = Registry(here.tracking_uri)
+    for under in ("artifacts", "artifacts/more", "", "/gate", "../gate"):
+        with pytest.raises(ValueError, match="version's own"):
+            registry.attach(version, attached(tmp_path / "files", b"1"), under)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StorageError, match="no file"):
+        registry.attach(version, tmp_path / "empty", "gate")
+
+
+def test_the_page_of_the_attachments_is_the_logged_models(here, tmp_path):
+    version = register_tiny(here, small_dataset(here), tmp_path)
+    page = Registry(here.tracking_uri).attachment_page(version, "http://mlflow.example/")
+    assert page.startswith("http://mlflow.example/#/experiments/")
+    assert page.endswith(f"/models/{version.tags['logged_model']}/artifacts")
+
+
+def test_to_a_version_that_something_else_registered_nothing_is_attached(here, tmp_path):
+    import mlflow
+
+    register_tiny(here, small_dataset(here), tmp_path)
+    client = mlflow.MlflowClient(here.tracking_uri, here.tracking_uri)
+    theirs = client.create_logged_model("0", name="theirs")
+    client.create_model_version("cifar10-classifier", f"models:/{theirs.model_id}", model_id=theirs.model_id)
+    registry = Registry(here.tracking_uri)
+    with pytest.raises(ModelInvalid, match="no record"):
+        registry.attach(registry.by_version(2), attached(tmp_path / "files", b"1"), "gate")
+
+
 def test_a_cache_that_cannot_be_written_is_a_storage_error(here, tmp_path):
     version = register_tiny(here, small_dataset(here), tmp_path)
     (tmp_path / "file").touch()
