@@ -35,6 +35,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 DatasetId = Annotated[str | None, typer.Option("--dataset", help="Dataset id; the newest dataset where none is given.")]
 
 
+class Alias(StrEnum):
+    """The roles that a version may have."""
+
+    champion = "champion"
+    challenger = "challenger"
+    previous = "previous"
+
+
 class Architecture(StrEnum):
     """The models that can be trained."""
 
@@ -293,6 +301,59 @@ def rollback(as_json: AsJson = False) -> None:
         return workflow(settings)
 
     _run(work, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    version: Annotated[int | None, typer.Option(min=1, help="The version to measure, by its number.")] = None,
+    alias: Annotated[
+        Alias | None, typer.Option(help="The version to measure, by its alias; champion where none is given.")
+    ] = None,
+    *,
+    full: Annotated[
+        bool, typer.Option("--full", help="All test images in each corrupted cell; else as the gate's policy says.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure on at most so many test images.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Dataset id; the version's own where none is given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a version on its test split, clean and under the corruptions of CIFAR-10-C; judges nothing."""
+    if version is not None and alias is not None:
+        raise typer.BadParameter("give --version or --alias, not both.")
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.evaluate import evaluate as workflow
+
+        role = (alias or Alias.champion).value
+        return workflow(settings, version=version, alias=role, full=full, limit=limit, dataset_id=dataset)
+
+    _run(work, as_json=as_json, show=_print_evaluation)
+
+
+def _print_evaluation(found: dict[str, Any]) -> None:
+    console = Console()
+    who = f"version {found['version']} ({found['architecture']}) on {found['n']:,} test images of {found['dataset_id']}"
+    console.print(f"{who}, {found['data']} data", markup=False, highlight=False)
+    clean = Table("figure", "value", "95 % interval")
+    for name, low, high in (
+        ("accuracy", "accuracy_low", "accuracy_high"),
+        ("calibration_error", "calibration_low", "calibration_high"),
+        *((name, "", "") for name in ("loss", "precision", "recall", "f1")),
+    ):
+        interval = f"{found[low]:.4f} to {found[high]:.4f}" if low else ""
+        clean.add_row(name.replace("_", " "), f"{found[name]:.4f}", interval)
+    console.print(clean)
+    corrupted = found["corrupted"]
+    severities = list(next(iter(corrupted["cells"].values())))
+    grid = Table("accuracy at severity", *severities, "mean")
+    for name, accuracies in corrupted["cells"].items():
+        cells = [f"{accuracies[severity]:.4f}" for severity in severities]
+        grid.add_row(name.replace("_", " "), *cells, f"{corrupted['by_corruption'][name]:.4f}")
+    console.print(grid)
+    interval = f"{corrupted['mean_accuracy_low']:.4f} to {corrupted['mean_accuracy_high']:.4f}"
+    mean = f"Mean accuracy under corruption {corrupted['mean_accuracy']:.4f} (95 % interval {interval})"
+    cost = f"{corrupted['n']:,} images a cell; {found['seconds']:.0f} s"
+    console.print(f"{mean}, {cost}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

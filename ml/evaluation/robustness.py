@@ -21,6 +21,8 @@ from ml.evaluation.significance import student_interval
 
 logger = logging.getLogger(__name__)
 
+CORRUPTION_SEED = 0
+"""The same for every model: they are compared on the same corrupted images."""
 _LOG_EVERY_S = 5.0
 
 Predict = Callable[[np.ndarray], np.ndarray]

@@ -18,7 +18,7 @@ from ml.datasets.manifest import Manifest, Split
 from ml.errors import ConfigurationError, TrainingDiverged, TrainingError
 from ml.evaluation import plots
 from ml.evaluation.metrics import Metrics, evaluate
-from ml.evaluation.robustness import robustness
+from ml.evaluation.robustness import CORRUPTION_SEED, robustness
 from ml.models.vgg16_weights import Weights, resolve_weights
 from ml.monitoring.image_statistics import image_statistics
 from ml.monitoring.reference import write_reference
@@ -36,9 +36,6 @@ from ml.training.stages import StageHistory
 logger = logging.getLogger(__name__)
 
 Resume = Literal["no", "if there", "required"]
-
-_CORRUPTION_SEED = 0
-"""The same for every model: they are compared on the same corrupted images."""
 
 
 def train(
@@ -308,7 +305,7 @@ def _measure_corrupted(
     if recipe.corrupted_limit is None:
         return None
     few = store.load_split(settings.data_url, dataset_id, "test", recipe.corrupted_limit)
-    found = robustness(Engine(exported.onnx).predict, few.images, few.labels, seed=_CORRUPTION_SEED)
+    found = robustness(Engine(exported.onnx).predict, few.images, few.labels, seed=CORRUPTION_SEED)
     run.log_dict(found.as_dict(), "robustness.json")
     logger.info("CIFAR-10-C: mean accuracy %.4f on %d images a cell", found.mean_accuracy, len(few.labels))
     return {

@@ -14,7 +14,7 @@ from ml.cli import app
 
 COMMANDS = [
     *("ingest", "train", "pretrain", "sweep", "reproduce", "results", "promote", "rollback", "monitor", "migrate"),
-    *("status", "up", "down", "demo"),
+    *("evaluate", "status", "up", "down", "demo"),
 ]
 
 
@@ -48,6 +48,9 @@ def test_no_command_is_forgotten_here():
         ["train", "resnet"],
         ["ingest", "--nosuch"],
         ["promote", "--test-limit", "0"],
+        ["evaluate", "--alias", "best"],
+        ["evaluate", "--limit", "0"],
+        ["evaluate", "--version", "1", "--alias", "champion"],
         ["sweep", "x", "--trials", "0"],
     ],
 )
