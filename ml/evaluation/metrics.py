@@ -144,6 +144,47 @@ class CalibrationGaps:
         return float(np.abs(np.bincount(self.bins, weights=self.gaps * counts)).sum() / counts.sum())
 
 
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """The images whose confidence lies in one interval, above `low` and at most `high`."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    """Mean."""
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    """Wilson's 95 % interval."""
+
+
+def reliability(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = CALIBRATION_BINS
+) -> tuple[ReliabilityBin, ...]:
+    """How often predictions of each confidence are right, in the intervals of `calibration_error` that hold an image.
+
+    Raises:
+        InputInvalid: as `evaluate`.
+    """
+    found = CalibrationGaps.of(labels, probabilities, bins)
+    confidence = np.asarray(probabilities, dtype=np.float64).max(axis=1)
+    counts = np.bincount(found.bins, minlength=bins)
+    confidences = np.bincount(found.bins, weights=confidence, minlength=bins)
+    hits = np.rint(np.bincount(found.bins, weights=confidence - found.gaps, minlength=bins)).astype(np.int64)
+    return tuple(
+        ReliabilityBin(
+            i / bins,
+            (i + 1) / bins,
+            int(counts[i]),
+            float(confidences[i] / counts[i]),
+            float(hits[i] / counts[i]),
+            *wilson_interval(int(hits[i]), int(counts[i])),
+        )
+        for i in np.flatnonzero(counts)
+    )
+
+
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)
 

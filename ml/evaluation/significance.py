@@ -140,6 +140,30 @@ def smallest_seen(n: int, disagreement: float, level: float, power: float) -> fl
     return min(float(root), disagreement)
 
 
+def power_of(difference: float, n: int, disagreement: float, level: float) -> float:
+    """The probability with which McNemar's test finds a true difference in accuracy: `smallest_seen` solved for it.
+
+    Args:
+        difference: 0 <= difference <= disagreement.
+        n: images.
+        disagreement: share of the images that the two disagree on.
+        level: of the test, two-sided.
+
+    Raises:
+        InputInvalid: n < 1, a share or level that is none, or a difference that this disagreement does not allow.
+    """
+    if n < 1 or not 0 <= difference <= disagreement <= 1 or not 0 < level < 1:
+        raise InputInvalid(
+            f"difference={difference}, n={n}, disagreement={disagreement}, level={level} cannot be.",
+            fix="give n >= 1, shares within 0..1 and a difference of at most the disagreement.",
+        )
+    beyond = math.sqrt(n) * difference - float(norm.isf(level / 2)) * math.sqrt(disagreement)
+    spread = math.sqrt(disagreement - difference * difference)
+    if spread == 0:  # every image, or none, speaks for the same model
+        return 1.0 if beyond > 0 else 0.0
+    return float(norm.cdf(beyond / spread))
+
+
 def holm(p_values: np.ndarray) -> np.ndarray:
     """Holm's step-down adjusted p-values: rejecting those at most alpha keeps the family-wise error at most alpha.
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from sklearn import metrics as reference
+from sklearn.calibration import calibration_curve
 
 from ml.datasets.labels import CLASS_NAMES
 from ml.errors import InputInvalid
-from ml.evaluation.metrics import calibration_error, evaluate, wilson_interval
+from ml.evaluation.metrics import calibration_error, evaluate, reliability, wilson_interval
 
 
 def _predictions(n: int = 700, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -118,3 +119,17 @@ def test_metrics_are_json() -> None:
     assert json.loads(json.dumps(found.as_dict()))["classes"][3]["label"] == "cat"
     assert set(found.scalars()) >= {"n", "accuracy", "loss", "precision", "recall", "f1", "calibration_error"}
     assert "classes" not in found.scalars()
+
+
+def test_the_reliability_is_scikit_learns_and_adds_up_to_the_calibration_error() -> None:
+    labels, probabilities = _predictions()
+    found = reliability(labels, probabilities)
+    confidence = probabilities.max(axis=1)
+    accuracy, mean = calibration_curve(probabilities.argmax(axis=1) == labels, confidence, n_bins=15)
+    np.testing.assert_allclose([each.accuracy for each in found], accuracy)
+    np.testing.assert_allclose([each.confidence for each in found], mean, rtol=1e-6)
+    for each in found:
+        assert each.n == ((confidence > each.low) & (confidence <= each.high)).sum()
+        assert (each.accuracy_low, each.accuracy_high) == wilson_interval(round(each.accuracy * each.n), each.n)
+    gaps = sum(each.n * abs(each.confidence - each.accuracy) for each in found) / len(labels)
+    assert gaps == pytest.approx(calibration_error(labels, probabilities))

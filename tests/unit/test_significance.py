@@ -16,6 +16,7 @@ from ml.evaluation.significance import (
     fallen_by_more_than,
     holm,
     mcnemar,
+    power_of,
     smallest_seen,
     student_interval,
 )
@@ -120,3 +121,31 @@ def test_what_can_be_said_of_any_counts(pairs: Paired) -> None:
 def test_counts_that_cannot_be_are_refused(n: int, gained: int, lost: int) -> None:
     with pytest.raises(InputInvalid, match="lost of"):
         Paired(n, gained, lost)
+
+
+@given(st.integers(50, 20_000), st.floats(0.02, 0.6), st.sampled_from([0.01, 0.05]), st.sampled_from([0.7, 0.8, 0.9]))
+def test_the_power_at_the_smallest_difference_seen_is_the_one_asked_for(n, disagreement, level, power):
+    seen = smallest_seen(n, disagreement, level, power)
+    reached = power_of(seen, n, disagreement, level)
+    assert reached == pytest.approx(power, abs=1e-6) if seen < disagreement else reached <= power + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "disagreement", "difference"), [(10_000, 0.16, 0.01), (10_000, 0.1, 0.012), (2000, 0.2, 0.02)]
+)
+def test_the_power_is_how_often_the_test_finds_the_difference(n, disagreement, difference):
+    rng = np.random.default_rng(11)
+    shares = [(disagreement + difference) / 2, (disagreement - difference) / 2, 1 - disagreement]
+    draws = rng.multinomial(n, shares, size=1500)
+    found = [mcnemar(Paired(n, int(gained), int(lost))) <= 0.05 and gained > lost for gained, lost, _ in draws]
+    # Four standard errors of the simulation (0.05), and what the exact test gives away for being one of whole counts.
+    assert float(np.mean(found)) == pytest.approx(power_of(difference, n, disagreement, 0.05), abs=0.06)
+
+
+def test_where_all_or_none_disagree_the_power_is_certain():
+    assert power_of(0.0, 100, 0.0, 0.05) == 0.0
+    assert power_of(1.0, 100, 1.0, 0.05) == 1.0
+    assert power_of(1.0, 1, 1.0, 0.05) == 0.0
+    for wrong in ((0.2, 100, 0.1, 0.05), (-0.1, 100, 0.1, 0.05), (0.0, 0, 0.1, 0.05), (0.0, 10, 0.1, 1.0)):
+        with pytest.raises(InputInvalid):
+            power_of(*wrong)
