@@ -72,7 +72,7 @@ def reliability_diagram(
     """Accuracy by confidence, and below how many images have it, a panel for each model; `champion` may be empty."""
     models = [("candidate", candidate, theme.candidate), ("champion", champion, theme.champion)]
     models = [model for model in models if model[1]]
-    figure = _figure(theme, 4.2, width=_WIDTH if len(models) > 1 else _WIDTH / 2)
+    figure = _figure(theme, 4.2)
     panels = figure.subplots(2, len(models), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     for column, (name, bins, colour) in enumerate(models):
         above, below = panels[:, column]
@@ -112,8 +112,8 @@ def power_curve(comparison: Comparison, level: float, power: float, theme: Theme
     return _png(figure)
 
 
-def _figure(theme: Theme, height: float, width: float = _WIDTH) -> Figure:
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor=theme.background)
+def _figure(theme: Theme, height: float) -> Figure:
+    return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor=theme.background)
 
 
 def _dress(axes: Axes, theme: Theme) -> None:
