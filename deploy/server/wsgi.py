@@ -11,11 +11,9 @@ from deploy.server.app import create_app
 from deploy.server.json_logging import logging_config
 from deploy.server.registry_source import RegistrySource
 from ml.monitoring.prediction_log import PredictionLog
-from ml.serving.engine import Engine
+from ml.serving.engine import SERVER_THREADS, Engine
 from ml.serving.hot_swap import ChampionFollower
 from ml.settings import load_settings
-
-THREADS_PER_PREDICTION = 2
 
 logging.config.dictConfig(logging_config())
 logging.captureWarnings(True)
@@ -24,7 +22,7 @@ _log = PredictionLog(_settings.database_url)
 _follower = ChampionFollower(
     RegistrySource(_settings.tracking_uri, _settings.cache_dir),
     _settings.cache_dir,
-    load=partial(Engine, threads=THREADS_PER_PREDICTION),
+    load=partial(Engine, threads=SERVER_THREADS),
 )
 app = create_app(_settings, follower=_follower, log=_log)
 _log.start()

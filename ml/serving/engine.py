@@ -16,6 +16,8 @@ from ml.errors import InputInvalid, ModelInvalid
 
 logger = logging.getLogger(__name__)
 
+SERVER_THREADS = 2
+"""Cores that one prediction of the server may use: requests run beside each other, so not all of them."""
 CHUNK = 128
 """Images handed to the session at once: bounds VGG16's activations to some 200 MB; more is not faster on a CPU."""
 
@@ -25,6 +27,10 @@ _INPUT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _ORT_ERRORS = tuple(
     kind for kind in vars(ort_errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
+
+
+Form = tuple[str, tuple[int, ...]]
+"""Of a tensor: numpy's name of its dtype (ONNX's where it has none), and its shape, -1 where any size will do."""
 
 
 class Engine:
@@ -39,14 +45,8 @@ class Engine:
     """
 
     def __init__(self, onnx_path: Path, threads: int = 0) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # warnings of graph optimisation mean nothing to an operator
         self._path = onnx_path
-        try:
-            self._session = ort.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
-        except _ORT_ERRORS as error:
-            raise _invalid(onnx_path, f"cannot be loaded ({_reason(error, onnx_path)})") from error
+        self._session = _session(onnx_path, threads)
         self._input, self._output, self._dtype = _check_signature(self._session, onnx_path)
         self._warm_up()
 
@@ -93,11 +93,41 @@ class Engine:
                 raise _invalid(self._path, f"answers a blank image with {rows[0].tolist()}, which are no probabilities")
 
 
-def _check_signature(session: ort.InferenceSession, path: Path) -> tuple[str, str, type]:
+def graph_signature(onnx_path: Path) -> tuple[Form, Form]:
+    """What the graph itself says that it takes and gives; `Engine` proves it by running it.
+
+    Raises:
+        ModelInvalid: it cannot be loaded, or has not one input and one output.
+    """
+    session = _session(onnx_path, threads=1)
+    (given,), (made,) = _sides(session, onnx_path)
+    return _form(given), _form(made)
+
+
+def _session(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # warnings of graph optimisation mean nothing to an operator
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        raise _invalid(path, f"cannot be loaded ({_reason(error, path)})") from error
+
+
+def _sides(session: ort.InferenceSession, path: Path) -> tuple[list[ort.NodeArg], list[ort.NodeArg]]:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise _invalid(path, f"has {len(inputs)} inputs and {len(outputs)} outputs, not one of each")
-    (given,), (made,) = inputs, outputs
+    return inputs, outputs
+
+
+def _form(tensor: ort.NodeArg) -> Form:
+    name = np.dtype(_INPUT_TYPES[tensor.type]).name if tensor.type in _INPUT_TYPES else str(tensor.type)
+    return name, tuple(size if isinstance(size, int) else -1 for size in tensor.shape)
+
+
+def _check_signature(session: ort.InferenceSession, path: Path) -> tuple[str, str, type]:
+    (given,), (made,) = _sides(session, path)
     if given.type not in _INPUT_TYPES:
         raise _invalid(path, f"takes {given.type}, not float32 or uint8")
     # A free dimension is a name or None; a fixed one must be the right number.

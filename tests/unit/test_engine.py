@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ml.errors import InputInvalid, ModelInvalid
-from ml.serving.engine import CHUNK, Engine
+from ml.serving.engine import CHUNK, Engine, graph_signature
 from tests.tiny_models import PIXELS, always, make_onnx
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (CHUNK + 3, 32, 32, 3), dtype=np.uint8)
@@ -31,6 +31,15 @@ def test_probabilities_are_those_of_the_formula_across_chunks(tmp_path):
 def test_uint8_and_float32_give_the_same(tmp_path):
     engine = Engine(make_onnx(tmp_path / "m.onnx"))
     np.testing.assert_array_equal(engine.predict(IMAGES[:5]), engine.predict(IMAGES[:5].astype(np.float32)))
+
+
+def test_a_graph_says_what_it_takes_and_gives(tmp_path):
+    image, answer = ("float32", (-1, 32, 32, 3)), ("float32", (-1, 10))
+    assert graph_signature(make_onnx(tmp_path / "m.onnx")) == (image, answer)
+    assert graph_signature(make_onnx(tmp_path / "n.onnx", classes=9)) == (image, ("float32", (-1, 9)))
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:-100])
+    with pytest.raises(ModelInvalid, match="cannot be loaded"):
+        graph_signature(tmp_path / "cut.onnx")
 
 
 def test_no_images_give_no_rows(tmp_path):
