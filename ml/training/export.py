@@ -68,7 +68,7 @@ def export(model: keras.Model, folder: Path, images: np.ndarray) -> ExportedMode
 
 
 def compare(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[float, int]:
-    """Loads both files as a stranger would (Keras in safe mode) and predicts the same images with each.
+    """Predicts the same images with both files, and black, white and noise besides.
 
     Returns:
         The largest absolute difference of a probability, and the number of images compared.
@@ -77,16 +77,7 @@ def compare(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[floa
         ModelInvalid: as `export`.
     """
     probes = np.concatenate([images.astype(np.float32), _extremes()])
-    from_keras = keras.saving.load_model(keras_path, compile=False).predict(probes, batch_size=64, verbose=0)
-    session = onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    from_onnx = np.concatenate(
-        [session.run(None, {given.name: probes[i : i + 64]})[0] for i in range(0, len(probes), 64)]
-    )
-    # Alone as well: a batch size fixed by mistake would show here.
-    alone = session.run(None, {given.name: probes[:1]})[0]
-    if from_onnx.shape != (len(probes), NUM_CLASSES) or alone.shape != (1, NUM_CLASSES):
-        raise ModelInvalid(f"The ONNX file gives {from_onnx.shape}.", fix="it must give (batch, 10) for any batch.")
+    from_keras, from_onnx = answers_of_both(keras_path, onnx_path, probes)
     difference = float(np.abs(from_keras - from_onnx).max())
     if not difference < TOLERANCE:  # NaN must fail, too
         raise ModelInvalid(
@@ -96,6 +87,44 @@ def compare(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[floa
     if np.abs(from_onnx.sum(axis=1) - 1).max() > 1e-3:
         raise ModelInvalid("The outputs do not add up to 1.", fix="the model must end in softmax.")
     return difference, len(probes)
+
+
+def answers_of_both(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loads both files as a stranger would (Keras in safe mode) and predicts the same images with each.
+
+    Args:
+        keras_path: the one form of a model.
+        onnx_path: the other; takes (batch, 32, 32, 3).
+        images: float32 (n, 32, 32, 3), raw RGB in 0-255, n >= 1.
+
+    Returns:
+        What Keras gives and what ONNX gives, float32 (n, 10) each; not looked at any further.
+
+    Raises:
+        ModelInvalid: the Keras file cannot be used, or one of the two gives another shape.
+    """
+    try:
+        from_keras = np.asarray(
+            keras.saving.load_model(keras_path, compile=False).predict(images, batch_size=64, verbose=0)
+        )
+    except Exception as error:
+        # Keras has no exceptions of its own: of a broken file it raises whatever the broken part raises.
+        said = (str(error).strip().splitlines() or [""])[0][:300].replace(str(keras_path), keras_path.name)
+        raise ModelInvalid(
+            f"Keras cannot use {keras_path.name} ({type(error).__name__}: {said}).", fix="train the model anew."
+        ) from error
+    if from_keras.shape != (len(images), NUM_CLASSES):
+        raise ModelInvalid(f"The Keras file gives {from_keras.shape}.", fix="it must give (batch, 10) for any batch.")
+    session = onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    from_onnx = np.concatenate(
+        [session.run(None, {given.name: images[i : i + 64]})[0] for i in range(0, len(images), 64)]
+    )
+    # Alone as well: a batch size fixed by mistake would show here.
+    alone = session.run(None, {given.name: images[:1]})[0]
+    if from_onnx.shape != (len(images), NUM_CLASSES) or alone.shape != (1, NUM_CLASSES):
+        raise ModelInvalid(f"The ONNX file gives {from_onnx.shape}.", fix="it must give (batch, 10) for any batch.")
+    return from_keras, from_onnx
 
 
 def _extremes() -> np.ndarray:

@@ -15,7 +15,7 @@ from ml.models.catalog import build
 from ml.models.specs import BaselineSpec, Vgg16Spec
 from ml.models.vgg16_weights import Weights
 from ml.serving.engine import Engine
-from ml.training.export import compare, export
+from ml.training.export import answers_of_both, compare, export
 from ml.training.fit import TrainedModel, train
 from ml.training.onnx_graph import onnx_graph
 from tests.model.conftest import BASELINE, first
@@ -69,6 +69,18 @@ def test_files_of_different_models_are_refused(tmp_path: Path, validation_split:
     assert compare(files[0].keras, files[0].onnx, validation_split.images)[0] < 1e-4
     with pytest.raises(ModelInvalid, match="disagree"):
         compare(files[0].keras, files[1].onnx, validation_split.images)
+
+
+def test_a_keras_file_that_cannot_be_used_is_the_models_fault(tmp_path: Path, validation_split: Split) -> None:
+    images = validation_split.images[:2].astype(np.float32)
+    exported = export(build(BaselineSpec(filters=(4,))), tmp_path, validation_split.images[:2])
+    broken, narrow = tmp_path / "broken.keras", tmp_path / "narrow.keras"
+    broken.write_bytes(exported.keras.read_bytes()[:1000])
+    keras.Sequential([keras.Input((32, 32, 3)), layers.Flatten(), layers.Dense(9, activation="softmax")]).save(narrow)
+    with pytest.raises(ModelInvalid, match=r"Keras cannot use broken\.keras"):
+        answers_of_both(broken, exported.onnx, images)
+    with pytest.raises(ModelInvalid, match=r"Keras file gives \(2, 9\)"):
+        answers_of_both(narrow, exported.onnx, images)
 
 
 def test_nan_weights_are_refused_and_leave_nothing(tmp_path: Path, validation_split: Split) -> None:
