@@ -11,11 +11,15 @@ from mlflow.exceptions import MlflowException
 from ml.datasets.manifest import Manifest
 from ml.datasets.store import write_dataset
 from ml.datasets.synthetic import generate
+from ml.evaluation.golden import Golden, write_golden
 from ml.registry import tracking
 from ml.registry.packaging import register
 from ml.registry.versions import MODEL_NAME, ModelVersion, Registry
 from ml.settings import Settings
 from tests.tiny_models import make_onnx
+
+STAND_IN = Golden(np.zeros((10, 32, 32, 3), np.uint8), np.arange(10), np.eye(10, dtype=np.float32))
+"""Stands for golden images: no tiny model answers so."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,21 @@ def register_tiny(
     work: Path,
     *,
     model: Mapping[str, object] | None = None,
+    files: Files | None = None,
+    golden: Golden | None = None,
+    card: str | None = None,
     validation_accuracy: float = 0.5,
     architecture: str = "baseline",
     run_id: str | None = None,
 ) -> ModelVersion:
-    """One more version: `model` are keyword arguments of `make_onnx`, `run_id` the run to go on with, if any."""
+    """One more version: `model` are keyword arguments of `make_onnx`, `run_id` the run to go on with, if any.
+
+    `files` are those of a real model, and `golden` its golden images; without them, both but stand for some.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    files = Files(work / "trained.keras", make_onnx(work / "trained.onnx", **(model or {})))  # type: ignore[arg-type]
-    files.keras.write_bytes(b"stands for a Keras file")
+    if files is None:
+        files = Files(work / "trained.keras", make_onnx(work / "trained.onnx", **(model or {})))  # type: ignore[arg-type]
+        files.keras.write_bytes(b"stands for a Keras file")
     reference = work / "reference.parquet"
     reference.write_bytes(b"stands for a reference")
     with tracking.run(settings, f"tiny-{architecture}", run_id=run_id) as run:
@@ -56,6 +67,8 @@ def register_tiny(
             manifest=manifest,
             weights="RANDOM WEIGHTS",
             reference=reference,
+            golden=write_golden(work / "golden.npz", golden or STAND_IN),
+            card=card or f"# A tiny model on {manifest.data} data\n",
             input_example=np.zeros((2, 32, 32, 3), dtype=np.uint8),
             data=manifest.data,
             architecture=architecture,

@@ -10,6 +10,7 @@ from datetime import datetime
 from statistics import fmean
 from typing import Any
 
+from ml.evaluation.markdown import loud, table
 from ml.evaluation.metrics import Metrics
 from ml.evaluation.robustness import Robustness
 
@@ -262,9 +263,9 @@ def _unfit(target: Target, row: Row) -> list[str]:
     run, reasons = row.newest, []
     if run.weights != target.weights:
         needed = "ImageNet weights" if target.weights == IMAGENET else f"weights: {target.weights}"
-        reasons.append(f"needs {needed}; this row used {_loud(run.weights)}")
+        reasons.append(f"needs {needed}; this row used {loud(run.weights)}")
     if run.data != REAL_DATA:
-        reasons.append(f"needs CIFAR-10; this row used {_loud(run.data)} data")
+        reasons.append(f"needs CIFAR-10; this row used {loud(run.data)} data")
     if not row.is_current:
         reasons.append(f"needs the recipe as it is now; this row used another form of it ({run.digest or 'unknown'})")
     return reasons
@@ -433,7 +434,7 @@ def _pretraining_table(runs: Sequence[Pretrained]) -> str:
     )
     lines = [
         (
-            *(f"`{run.recipe}`", f"{_loud(run.data)} `{run.dataset_id}`", str(run.images.get("train", _NOTHING))),
+            *(f"`{run.recipe}`", f"{loud(run.data)} `{run.dataset_id}`", str(run.images.get("train", _NOTHING))),
             *(run.seed or _NOTHING, _figure(run.validation_accuracy), _duration(run.wall_seconds)),
             _NOTHING if run.peak_memory_mib is None else f"{run.peak_memory_mib:,.0f} MiB",
             *(f"`{run.sha256[:12]}`", f"`{run.git_sha[:12]}`", f"`{run.command}`", f"`{run.run_id}`"),
@@ -449,8 +450,8 @@ def _detail(row: Row) -> list[str]:
     facts = {
         "Command": f"`{_typed(run)}`" if run.command else "not recorded",
         "Run": f"`{run.run_id}` in MLflow, of {run.started_at:%Y-%m-%d}, seed {run.seed or 'not recorded'}",
-        "Data": f"{_loud(run.data)}, dataset `{run.dataset_id}` ({counts} images)",
-        "Weights at the start": _loud(run.weights),
+        "Data": f"{loud(run.data)}, dataset `{run.dataset_id}` ({counts} images)",
+        "Weights at the start": loud(run.weights),
         "Recipe": f"`{run.recipe}`, digest `{run.digest or 'not recorded'}`"
         + (
             " (**not the recipe as it is now: it has changed since, or was overridden**)"
@@ -487,9 +488,9 @@ def _label(row: Row) -> str:
     usual = next((weights for *model, weights in EXPECTED if model == [run.architecture, run.recipe]), FROM_SCRATCH)
     words = [f"{run.architecture} `{run.recipe}`"]
     if run.weights != usual or usual == IMAGENET:
-        words.append("ImageNet weights" if run.weights == IMAGENET else _loud(run.weights))
+        words.append("ImageNet weights" if run.weights == IMAGENET else loud(run.weights))
     if run.data != REAL_DATA:
-        words.append(f"{_loud(run.data)} data")
+        words.append(f"{loud(run.data)} data")
     if row.is_current is False:
         words.append("another form of the recipe")
     return ", ".join(words)
@@ -497,11 +498,6 @@ def _label(row: Row) -> str:
 
 def _claim(row: Row) -> str:
     return CLAIMS.get((row.newest.architecture, row.newest.recipe), _NOTHING)
-
-
-def _loud(word: str) -> str:
-    """Data and weights that say nothing of CIFAR-10 or of transfer learning are in capitals; they are bold as well."""
-    return f"**{word}**" if word and word.upper() == word and any(map(str.isalpha, word)) else word or "not recorded"
 
 
 def _code(run: Trained) -> str:
@@ -536,5 +532,4 @@ def _duration(seconds: float | None) -> str:
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     if not lines:
         return "No run yet."
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return table(header, lines)

@@ -1,14 +1,14 @@
 """Turns a trained, exported model into a version of the registered model.
 
-Owns what a version holds and which tags it bears. The files' layout and their way back are `ml.registry.versions`'s.
+Owns what a version holds and which tags it bears. The files' layout and their way back are `ml.registry.versions`'s;
+what the card says is `ml.evaluation.model_card`'s.
 """
 
-import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALIDATION_ACCURACY = "validation_accuracy"
+LONGEST_DESCRIPTION = 5000
+"""Characters that MLflow's database keeps of a version's description; PostgreSQL refuses more."""
 _MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 
 
@@ -63,6 +65,8 @@ def register(
     manifest: "Manifest",
     weights: str,
     reference: Path,
+    golden: Path,
+    card: str,
     input_example: np.ndarray,
     data: str,
     architecture: str,
@@ -70,7 +74,8 @@ def register(
     """Makes one version of `cifar10-classifier` from a run, points `challenger` at it, and returns it.
 
     The version is an MLflow pyfunc model (so `mlflow models serve` works) that serves the ONNX file; the Keras file,
-    the reference and a model card lie beside it. It waits for the gate: tag gate.decision = pending.
+    the reference, the golden images and the model card lie beside it, and the version's description is the card as far
+    as MLflow has room for it. It waits for the gate: tag gate.decision = pending.
 
     Args:
         run: the run that trained it, still open.
@@ -78,10 +83,12 @@ def register(
             on them, which only a model that answers with probabilities allows.
         metrics: flat figures of this model; must hold `validation_accuracy`, by which the gate picks among candidates.
             Each becomes a tag metric.<name>.
-        recipe: what it was trained with, JSON-able; kept in full on the card, `name` of it as a tag.
+        recipe: what it was trained with; `name` of it becomes a tag.
         manifest: the dataset that it was trained on.
         weights: what it started from, as shown to users (`imagenet`, `RANDOM WEIGHTS`, ...).
         reference: reference.parquet of `ml.monitoring.reference`.
+        golden: golden.npz of `ml.evaluation.golden`.
+        card: what it is, in Markdown (`ml.evaluation.model_card`).
         input_example: a few images, uint8 or float32 (n, 32, 32, 3).
         data: `cifar-10` or `SYNTHETIC`, as shown to users.
         architecture: `baseline` or `vgg16`.
@@ -91,15 +98,13 @@ def register(
         RegistryUnavailable: MLflow stayed away for two minutes. No version appears half-made: it is created last.
     """
     started = time.perf_counter()
-    _check(exported, metrics, reference)
+    _check(metrics, (exported.onnx, exported.keras, reference, golden))
     with tempfile.TemporaryDirectory(prefix="register-") as work:
-        card = model_card(
-            metrics=metrics, recipe=recipe, manifest=manifest, weights=weights, data=data, architecture=architecture
-        )
         sources = {
             versions.ONNX_FILE: exported.onnx,
             versions.KERAS_FILE: exported.keras,
             versions.REFERENCE_FILE: reference,
+            versions.GOLDEN_FILE: golden,
         }
         staged = _stage(sources, card, Path(work) / "files")
         tags = {
@@ -120,6 +125,7 @@ def register(
             input_example=input_example,
             architecture=architecture,
             tags=tags,
+            description=description(card),
             folder=Path(work) / "model",
         )
     registry = Registry(run.tracking_uri)
@@ -138,43 +144,19 @@ def register(
     return version
 
 
-def model_card(
-    *,
-    metrics: Mapping[str, float],
-    recipe: Mapping[str, object],
-    manifest: "Manifest",
-    weights: str,
-    data: str,
-    architecture: str,
-) -> str:
-    """What a version is, in Markdown: purpose, data, weights, figures with their n, recipe, limits."""
-    counts = ", ".join(f"{split} {n}" for split, n in manifest.counts.items())
-    figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items()))
-    return f"""# {versions.MODEL_NAME}: {architecture}
-
-Classifies 32x32 RGB images into the ten classes of CIFAR-10. Takes raw pixels in 0-255; preprocessing is inside.
-
-- Data: **{data}**, dataset `{manifest.dataset_id}` ({counts} images), source {manifest.source}
-- Weights at the start: **{weights}**
-
-| figure | value |
-|---|---|
-{figures}
-
-Recipe:
-
-```json
-{json.dumps(dict(recipe), indent=2, default=str)}
-```
-
-Limits: anything that is not one of the ten classes gets one of them all the same; images far from CIFAR-10's
-(other sizes are scaled to 32x32) are answered with less accuracy than these figures say.
-"""
+def description(card: str) -> str:
+    """The card as the version's description: whole sections from its beginning, as many as MLflow has room for."""
+    if len(card) <= LONGEST_DESCRIPTION:
+        return card
+    more = f"\n\nMore stands in the file artifacts/{versions.CARD_FILE} of this version.\n"
+    room = card[: LONGEST_DESCRIPTION - len(more)]
+    end = room.rfind("\n## ")
+    return (room[:end] if end > 0 else room).rstrip() + more
 
 
-def _check(exported: ExportedFiles, metrics: Mapping[str, float], reference: Path) -> None:
+def _check(metrics: Mapping[str, float], files: Iterable[Path]) -> None:
     fix = "nothing was registered; train again."
-    for path in (exported.onnx, exported.keras, reference):
+    for path in files:
         if not path.is_file():
             raise ModelInvalid(f"A version needs the file {path}, which is not there.", fix=fix)
     accuracy = metrics.get(VALIDATION_ACCURACY)
@@ -214,6 +196,7 @@ def _create(
     input_example: np.ndarray,
     architecture: str,
     tags: Mapping[str, str],
+    description: str,
     folder: Path,
 ) -> MlflowVersion:
     """Uploads the model and creates the version, in steps each of which may be repeated."""
@@ -268,6 +251,7 @@ def _create(
                 f"models:/{model_id}",
                 run_id=run.id,
                 tags={**tags, versions.TAG_LOGGED_MODEL: model_id},
+                description=description,
                 model_id=model_id,
                 await_creation_for=0,
             )

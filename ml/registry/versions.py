@@ -9,6 +9,7 @@ A version's files, here and in MLflow:
     artifacts/model.onnx                   what is served and scored
     artifacts/model.keras                  what training goes on from
     artifacts/reference.parquet            held-out predictions that drift is measured against
+    artifacts/golden.npz                   an image of each class that it has right, and what it says of it
     artifacts/card.md                      what it is, in words
 
 Beside them lies what was found out about it later, each in a folder of its own: see `Registry.attach`.
@@ -38,8 +39,10 @@ MODEL_NAME = "cifar10-classifier"
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 
 ONNX_FILE, KERAS_FILE, REFERENCE_FILE, CARD_FILE = "model.onnx", "model.keras", "reference.parquet", "card.md"
-MODEL_FILES = (ONNX_FILE, KERAS_FILE, REFERENCE_FILE, CARD_FILE)
-"""Names under a version's artifacts/."""
+GOLDEN_FILE = "golden.npz"
+MODEL_FILES = (ONNX_FILE, KERAS_FILE, REFERENCE_FILE, GOLDEN_FILE, CARD_FILE)
+"""Names under a version's artifacts/. Versions of before golden images lack theirs: callers name what they need."""
+_DECLARATION = "MLmodel"
 
 TAG_ARCHITECTURE, TAG_DATASET, TAG_DATA, TAG_WEIGHTS = "architecture", "dataset_id", "data", "weights"
 TAG_DECISION, TAG_REASON = "gate.decision", "gate.reason"
@@ -196,7 +199,7 @@ class Registry:
         Args:
             version: which one.
             cache_dir: a folder of the caller's; made where there is none.
-            files: names out of `MODEL_FILES`.
+            files: names out of `MODEL_FILES`; all of them where none are given.
 
         Raises:
             ModelNotFound: where there is no such version.

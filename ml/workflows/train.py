@@ -1,7 +1,8 @@
 """Training: from a dataset's id and a recipe to a registered version, with everything it was made of in MLflow.
 
 Loads, trains, exports, measures the exported file (not the Keras model: what is served is what is measured), keeps the
-reference that monitoring will compare against, and registers. Whether the version becomes champion is the gate's.
+reference that monitoring will compare against and the golden images that an inspection will ask for, writes the model
+card, and registers. Whether the version becomes champion is the gate's.
 """
 
 import logging
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,14 +18,15 @@ from typing import Literal
 from ml.datasets import store
 from ml.datasets.manifest import Manifest, Split
 from ml.errors import ConfigurationError, TrainingDiverged, TrainingError
-from ml.evaluation import plots
+from ml.evaluation import golden, model_card, plots
 from ml.evaluation.metrics import Metrics, evaluate
-from ml.evaluation.robustness import CORRUPTION_SEED, robustness
+from ml.evaluation.robustness import CORRUPTION_SEED, Robustness, robustness
+from ml.evaluation.slices import Slice, by_brightness_and_contrast
 from ml.models.vgg16_weights import Weights, resolve_weights
 from ml.monitoring.image_statistics import image_statistics
 from ml.monitoring.reference import write_reference
 from ml.registry import packaging, tracking
-from ml.registry.versions import ModelVersion
+from ml.registry.versions import GOLDEN_FILE, MODEL_NAME, REFERENCE_FILE, ModelVersion
 from ml.serving.engine import Engine
 from ml.settings import Settings
 from ml.training import fit, runtime
@@ -36,6 +39,23 @@ from ml.training.stages import StageHistory
 logger = logging.getLogger(__name__)
 
 Resume = Literal["no", "if there", "required"]
+
+_REPRODUCE = "cifar10 reproduce"
+"""The command of a recipe that is no file as it stands; the run's id follows."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the exported file says of the validation and the test images."""
+
+    validation: Metrics
+    test: Metrics
+    slices: tuple[Slice, ...]
+    """Of the test images."""
+    golden: golden.Golden
+    """Of the validation images."""
+    reference_file: Path
+    golden_file: Path
 
 
 def train(
@@ -136,19 +156,21 @@ def train(
             checkpoint.clear()  # resumed, it would diverge again
             raise
         exported = export(trained.model, folder / "model", splits["validation"].images[:256])
-        validation, test, reference = _measure(exported, splits, folder)
+        measured = _measure(exported, splits, folder)
+        validation, test = measured.validation, measured.test
         figures = {
             **{f"validation_{key}": value for key, value in validation.scalars().items()},
             **{f"test_{key}": value for key, value in test.scalars().items()},
         }
         corrupted = _measure_corrupted(settings, exported, dataset_id, recipe, run)
+        under_corruption = _figures_of(corrupted)
         _log_evidence(
             run, trained.stages, validation, test, folder=folder / "evidence", title=f"{architecture}, {recipe.name}"
         )
         run.log_metrics(
             {
                 **figures,
-                **(corrupted or {}),
+                **under_corruption,
                 "fit_seconds": sum(stage.seconds for stage in trained.stages),
                 "wall_seconds": checkpoint.wall_seconds(position),
                 "peak_memory_mib": checkpoint.peak_memory_mib(position),
@@ -164,7 +186,17 @@ def train(
                 recipe=recipe.model_dump(mode="json"),
                 manifest=manifest,
                 weights=trained.weights,
-                reference=reference,
+                reference=measured.reference_file,
+                golden=measured.golden_file,
+                card=_card(
+                    run,
+                    manifest,
+                    recipe,
+                    weights=trained.weights,
+                    splits=splits,
+                    measured=measured,
+                    corrupted=corrupted,
+                ),
                 input_example=splits["validation"].images[:2],
                 data=manifest.data,
                 architecture=architecture,
@@ -185,7 +217,7 @@ def train(
             "recall": test.recall,
             "loss": test.loss,
             "test_n": test.n,
-            "corrupted_accuracy": corrupted["test_corrupted_accuracy"] if corrupted else None,
+            "corrupted_accuracy": under_corruption.get("test_corrupted_accuracy"),
             "stages": [_summary(stage) for stage in trained.stages],
             "seconds": round(trained.seconds, 1),
         }
@@ -236,9 +268,9 @@ def _command(recipe: Recipe, dataset_id: str, weights: Weights | None) -> str:
     try:
         written = load_recipe(recipe.architecture, recipe.name)
     except ConfigurationError:
-        return "cifar10 reproduce"
+        return _REPRODUCE
     if written.digest != recipe.digest:
-        return "cifar10 reproduce"
+        return _REPRODUCE
     settings = [] if runtime.backend() == "tensorflow" else [f"KERAS_BACKEND={runtime.backend()}"]
     if weights is not None:
         # Of a file its name alone: where it lies on this machine helps nobody elsewhere.
@@ -300,14 +332,20 @@ def log_epochs_cut_off(run: tracking.Run, recipe: Recipe, position: Position) ->
 
 def _measure_corrupted(
     settings: Settings, exported: ExportedModel, dataset_id: str, recipe: Recipe, run: tracking.Run
-) -> dict[str, float] | None:
-    """Mean accuracy on CIFAR-10-C, on as many test images per cell as the recipe says; None where it says none."""
+) -> Robustness | None:
+    """Accuracy on CIFAR-10-C, on as many test images per cell as the recipe says; None where it says none."""
     if recipe.corrupted_limit is None:
         return None
     few = store.load_split(settings.data_url, dataset_id, "test", recipe.corrupted_limit)
     found = robustness(Engine(exported.onnx).predict, few.images, few.labels, seed=CORRUPTION_SEED)
     run.log_dict(found.as_dict(), "robustness.json")
     logger.info("CIFAR-10-C: mean accuracy %.4f on %d images a cell", found.mean_accuracy, len(few.labels))
+    return found
+
+
+def _figures_of(found: Robustness | None) -> dict[str, float]:
+    if found is None:
+        return {}
     return {
         "test_corrupted_accuracy": found.mean_accuracy,
         "test_corrupted_accuracy_low": found.mean_accuracy_low,
@@ -330,23 +368,80 @@ def _weights(settings: Settings, architecture: str) -> Weights | None:
     return resolve_weights(settings.vgg16_weights, settings.mlops_allow_stand_in, settings.cache_dir)
 
 
-def _measure(exported: ExportedModel, splits: Mapping[str, Split], folder: Path) -> tuple[Metrics, Metrics, Path]:
-    """Figures of the validation and the test split, and the file with the reference: the validation predictions."""
+def _measure(exported: ExportedModel, splits: Mapping[str, Split], folder: Path) -> _Measured:
+    """Figures of both splits. Writes the reference, all validation predictions, and the golden images into `folder`."""
     engine = Engine(exported.onnx)
     validation, test = splits["validation"], splits["test"]
     logger.info("measuring on %d validation and %d test images", len(validation.labels), len(test.labels))
     expected = engine.predict(validation.images)
-    reference = write_reference(
-        folder / "reference.parquet", validation.labels, expected, image_statistics(validation.images)
+    reference_file = write_reference(
+        folder / REFERENCE_FILE, validation.labels, expected, image_statistics(validation.images)
     )
-    on_validation = evaluate(validation.labels, expected)
-    on_test = evaluate(test.labels, engine.predict(test.images))
+    chosen = golden.choose(validation.images, validation.labels, expected)
+    if chosen.missing:
+        logger.warning("not one validation image was right of: %s", ", ".join(chosen.missing))
+    given = engine.predict(test.images)
+    on_validation, on_test = evaluate(validation.labels, expected), evaluate(test.labels, given)
     logger.info(
         "validation accuracy %.4f (n=%d), test accuracy %.4f (n=%d, 95 %% interval %.4f to %.4f)",
         *(on_validation.accuracy, on_validation.n),
         *(on_test.accuracy, on_test.n, on_test.accuracy_low, on_test.accuracy_high),
     )
-    return on_validation, on_test, reference
+    return _Measured(
+        on_validation,
+        on_test,
+        by_brightness_and_contrast(test.images, test.labels, given),
+        chosen,
+        reference_file,
+        golden.write_golden(folder / GOLDEN_FILE, chosen),
+    )
+
+
+def _card(
+    run: tracking.Run,
+    manifest: Manifest,
+    recipe: Recipe,
+    *,
+    weights: str,
+    splits: Mapping[str, Split],
+    measured: _Measured,
+    corrupted: Robustness | None,
+) -> str:
+    return model_card.render(
+        model_card.Facts(
+            name=MODEL_NAME,
+            architecture=recipe.architecture,
+            manifest=manifest,
+            images={name: len(split.labels) for name, split in splits.items()},
+            weights=weights,
+            recipe=recipe.model_dump(mode="json"),
+            recipe_digest=recipe.digest,
+            validation=measured.validation,
+            test=measured.test,
+            slices=measured.slices,
+            robustness=corrupted,
+            golden=len(measured.golden.labels),
+            made=_how_made(run),
+        )
+    )
+
+
+def _how_made(run: tracking.Run) -> dict[str, str]:
+    """For people; the run in MLflow has all of it, and more."""
+    tags = run.tags
+    command = tags["command"]
+    changed = {"true": ", with changes that were not committed", "false": ""}
+    packages = [f"{key.removeprefix('version.')} {value}" for key, value in tags.items() if key.startswith("version.")]
+    return {
+        # A recipe that is no file has no command of its own: its run is what it can be made again by.
+        "Command": f"`{command} {run.id}`" if command == _REPRODUCE else f"`{command}`",
+        "MLflow run": f"`{run.id}`",
+        "Commit": f"`{tags['git.sha']}`" + changed.get(tags["git.dirty"], ", not known whether with changes"),
+        "Computed by": f"Keras on {tags['keras.backend']}, Python {tags['python']}",
+        "Packages": ", ".join(packages),
+        "Machine": f"{tags['hardware.cpu']}, {tags['hardware.cores']} cores"
+        + (f", {tags['hardware.gpu']}" if "hardware.gpu" in tags else ""),
+    }
 
 
 def _log_evidence(

@@ -18,6 +18,7 @@ from ml.errors import (
     ModelNotFound,
     RegistryUnavailable,
 )
+from ml.evaluation.golden import write_golden
 from ml.monitoring.reference import STATISTIC_NAMES, write_reference
 from ml.monitoring.testing import FakeRegistry, FakeVersion, webhook_receiver
 from ml.monitoring.windows import monitor_lock
@@ -26,7 +27,7 @@ from ml.registry.packaging import register
 from ml.registry.versions import Registry
 from ml.workflows.monitor import finish_retraining, monitor, monitor_champion, start_retraining
 from tests.tiny_models import make_onnx
-from tests.tiny_versions import Files, empty_registry, small_dataset
+from tests.tiny_versions import STAND_IN, Files, empty_registry, small_dataset
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -319,6 +320,8 @@ def test_with_a_real_registry(watched, mlflow_uri, database_url, tmp_path):
             manifest=manifest,
             weights="RANDOM WEIGHTS",
             reference=reference,
+            golden=write_golden(work / "golden.npz", STAND_IN),
+            card="# Watched\n",
             input_example=np.zeros((2, 32, 32, 3), dtype=np.uint8),
             data=manifest.data,
             architecture="vgg16",

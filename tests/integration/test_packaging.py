@@ -2,12 +2,13 @@
 
 import json
 
+import mlflow
 import numpy as np
 import pytest
 
 from ml.errors import ModelInvalid, ModelNotFound
 from ml.registry import tracking
-from ml.registry.packaging import register
+from ml.registry.packaging import LONGEST_DESCRIPTION, description, register
 from ml.registry.versions import MODEL_NAME, Registry
 from ml.serving.engine import Engine
 from tests.tiny_models import make_onnx
@@ -22,8 +23,6 @@ def here(settings, mlflow_uri):
 
 def download(tracking_uri, version, folder):
     """The whole version, by MLflow's own means."""
-    import mlflow
-
     root = mlflow.MlflowClient(tracking_uri, tracking_uri).get_model_version_download_uri(
         version.name, str(version.version)
     )
@@ -39,9 +38,26 @@ def test_a_version_says_what_it_is(here, tmp_path):
     assert version.figure("metric.validation_accuracy") == 0.625
     assert len(version.tags["git_sha"]) in (7, 40)
     folder = Registry(here.tracking_uri).fetch(version, here.cache_dir)
-    card = (folder / "artifacts/card.md").read_text()
-    for word in ("SYNTHETIC", "RANDOM WEIGHTS", "vgg16", manifest.dataset_id, "0.6250"):
-        assert word in card
+    assert (folder / "artifacts/card.md").read_text() == "# A tiny model on SYNTHETIC data\n"
+    assert (folder / "artifacts/golden.npz").read_bytes() == (tmp_path / "golden.npz").read_bytes()
+    client = mlflow.MlflowClient(here.tracking_uri, here.tracking_uri)
+    assert client.get_model_version(MODEL_NAME, "1").description == "# A tiny model on SYNTHETIC data\n"
+
+
+def test_a_card_that_is_too_long_for_mlflow_is_described_by_its_first_sections(here, tmp_path):
+    section = "\n\n## Section\n\n" + "ü" * 1200
+    card = "# Title" + section * 5
+    found = description(card)
+    assert len(found) <= LONGEST_DESCRIPTION
+    assert found.startswith("# Title" + section * 4 + "\n\nMore stands in")
+    assert description("# Short\n") == "# Short\n"
+    assert len(description("x" * 9000)) == LONGEST_DESCRIPTION
+    # What fits by our count fits by PostgreSQL's.
+    register_tiny(here, small_dataset(here), tmp_path, card=card)
+    client = mlflow.MlflowClient(here.tracking_uri, here.tracking_uri)
+    assert client.get_model_version(MODEL_NAME, "1").description == found
+    folder = Registry(here.tracking_uri).fetch(1, here.cache_dir)
+    assert (folder / "artifacts/card.md").read_text() == card
 
 
 def test_challenger_follows_the_newest_version(here, tmp_path):
@@ -52,8 +68,6 @@ def test_challenger_follows_the_newest_version(here, tmp_path):
 
 
 def test_a_resumed_run_registers_its_model_once(here, tmp_path):
-    import mlflow
-
     manifest = small_dataset(here)
     first = register_tiny(here, manifest, tmp_path / "1", model={"seed": 1})
     client = mlflow.MlflowClient(here.tracking_uri, here.tracking_uri)
@@ -67,8 +81,6 @@ def test_a_resumed_run_registers_its_model_once(here, tmp_path):
 
 
 def test_mlflow_loads_it_and_answers_as_the_engine_does(here, tmp_path):
-    import mlflow
-
     version = register_tiny(here, small_dataset(here), tmp_path, model={"seed": 3})
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     onnx = Registry(here.tracking_uri).fetch(version, here.cache_dir) / "artifacts/model.onnx"
@@ -87,7 +99,6 @@ def test_mlflow_loads_it_and_answers_as_the_engine_does(here, tmp_path):
 
 def test_mlflows_scoring_server_answers_for_it(here, tmp_path):
     """`mlflow models serve` is this WSGI/ASGI application around the downloaded model."""
-    import mlflow
     from mlflow.pyfunc.scoring_server import init
     from starlette.testclient import TestClient
 
@@ -111,7 +122,7 @@ def test_a_figure_that_cannot_be_right_is_not_registered(here, tmp_path):
 
 def test_missing_files_are_named(here, tmp_path):
     manifest = small_dataset(here)
-    keras, reference = tmp_path / "m.keras", tmp_path / "r.parquet"
+    keras, reference, golden = tmp_path / "m.keras", tmp_path / "r.parquet", tmp_path / "g.npz"
     keras.touch()
     with tracking.run(here, "broken") as run:
         given = {
@@ -120,6 +131,8 @@ def test_missing_files_are_named(here, tmp_path):
             "manifest": manifest,
             "weights": "random",
             "reference": reference,
+            "golden": golden,
+            "card": "",
             "input_example": np.zeros((1, 32, 32, 3), np.uint8),
             "data": "SYNTHETIC",
             "architecture": "baseline",
@@ -127,6 +140,9 @@ def test_missing_files_are_named(here, tmp_path):
         with pytest.raises(ModelInvalid, match=r"r\.parquet"):
             register(run, exported=Files(keras, make_onnx(tmp_path / "m.onnx")), **given)
         reference.touch()
+        with pytest.raises(ModelInvalid, match=r"g\.npz"):
+            register(run, exported=Files(keras, make_onnx(tmp_path / "m.onnx")), **given)
+        golden.touch()
         with pytest.raises(ModelInvalid, match=r"gone\.onnx"):
             register(run, exported=Files(keras, tmp_path / "gone.onnx"), **given)
     assert Registry(here.tracking_uri).versions() == []

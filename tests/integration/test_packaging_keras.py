@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from ml.evaluation.golden import write_golden
 from ml.registry import tracking
 from ml.registry.packaging import register
 from ml.registry.versions import Registry
 from ml.serving.engine import Engine
-from tests.tiny_versions import empty_registry, small_dataset
+from tests.tiny_versions import STAND_IN, empty_registry, small_dataset
 
 
 def test_keras_and_onnx_of_one_version_agree(settings, mlflow_uri, tmp_path):
@@ -40,6 +41,8 @@ def test_keras_and_onnx_of_one_version_agree(settings, mlflow_uri, tmp_path):
             manifest=manifest,
             weights="from scratch",
             reference=tmp_path / "reference.parquet",
+            golden=write_golden(tmp_path / "golden.npz", STAND_IN),
+            card="# Agreement\n",
             input_example=images[:2],
             data=manifest.data,
             architecture="baseline",

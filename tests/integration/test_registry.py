@@ -178,7 +178,7 @@ def test_fetch_brings_what_is_asked_for_once_and_whole(here, tmp_path):
     registry.fetch(version.version, here.cache_dir)
     assert (folder / "artifacts/model.onnx").stat().st_ino == born, "a file that is there was brought again"
     names = sorted(path.name for path in folder.rglob("*") if path.is_file())
-    assert names == ["card.md", "model.keras", "model.onnx", "reference.parquet"]
+    assert names == ["card.md", "golden.npz", "model.keras", "model.onnx", "reference.parquet"]
 
 
 def test_a_cached_file_that_was_altered_is_brought_again(here, tmp_path):

@@ -18,6 +18,8 @@ from mlflow import MlflowClient
 
 from ml.datasets import store, synthetic
 from ml.errors import ConfigurationError, DatasetNotFound, RegistryUnavailable, TrainingDiverged, TrainingError
+from ml.evaluation.golden import read_golden
+from ml.evaluation.model_card import SECTIONS
 from ml.models.specs import BaselineSpec, Vgg16Spec
 from ml.monitoring.image_statistics import image_statistics
 from ml.monitoring.reference import read_reference
@@ -105,8 +107,9 @@ def test_a_baseline_becomes_a_version_with_all_its_evidence(ready: tuple[Setting
         run.data.metrics
     )
     assert run.data.metrics["test_corrupted_accuracy"] == pytest.approx(result["corrupted_accuracy"])
-    names = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"plots", "metrics.json", "history.json", "recipe.json", "robustness.json"} <= names
+    assert {"plots", "metrics.json", "history.json", "recipe.json", "robustness.json"} <= {
+        item.path for item in client.list_artifacts(run.info.run_id)
+    }
     plots = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "plots")}
     assert plots == {"learning_curves.png", "confusion_validation.png", "confusion_test.png"}
     measured = json.loads(Path(client.download_artifacts(run.info.run_id, "metrics.json", str(tmp_path))).read_text())
@@ -127,8 +130,31 @@ def test_a_baseline_becomes_a_version_with_all_its_evidence(ready: tuple[Setting
     assert np.allclose(reference.probabilities, Engine(artifacts / "model.onnx").predict(validation.images), atol=1e-5)
     for name, values in image_statistics(validation.images).items():
         assert np.allclose(reference.statistics[name], values)
+    right = reference.class_ids == reference.labels
+    check_golden_images(artifacts, {image.tobytes() for image in validation.images[right]}, reference.labels[right])
+    described = client.get_model_version(challenger.name, str(result["version"])).description
+    check_card((artifacts / "card.md").read_text(), result, described)
     accuracy = (reference.class_ids == reference.labels).mean()
     assert float(challenger.tags["metric.validation_accuracy"]) == pytest.approx(accuracy)
+
+
+def check_golden_images(artifacts: Path, right: set[bytes], classes: np.ndarray) -> None:
+    """They are images that this very file has right, one of each class of which there is one."""
+    golden = read_golden(artifacts / "golden.npz")
+    assert golden.labels.tolist() == sorted(set(classes.tolist()))
+    assert {image.tobytes() for image in golden.images} <= right
+    assert np.allclose(Engine(artifacts / "model.onnx").predict(golden.images), golden.probabilities, atol=1e-5)
+
+
+def check_card(card: str, result: dict[str, object], described: str) -> None:
+    for heading in SECTIONS:
+        assert f"\n## {heading}\n" in card
+    under_corruption = f"| mean over all | {result['corrupted_accuracy']:.4f} ["
+    made_by = f"`cifar10 reproduce {result['run_id']}`"
+    for told in ("**SYNTHETIC**", made_by, BASELINE.digest, under_corruption, f"| {result['test_accuracy']:.4f} ["):
+        assert told in card
+    assert described.startswith(card[:1000])
+    assert len(described) <= 5000
 
 
 def test_vgg16_keeps_both_stages_and_says_that_its_weights_are_random(ready: tuple[Settings, str]) -> None:
