@@ -19,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from ml.errors import CifarError, ConfigurationError, RegistryUnavailable
@@ -270,6 +271,37 @@ def pretrain(
         return workflow(settings, dataset_id, recipe.absolute(), output.absolute() if output else None, resume=resume)
 
     _run(work, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    version: Annotated[int, typer.Argument(min=1, help="The number of a registered version.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check that a version, as the registry hands it out, loads, agrees with itself, and is quick and small enough.
+
+    Ends with 0 where this could be found out, whatever was found.
+    """
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.inspect_version import inspect_version as workflow
+
+        return workflow(settings, version)
+
+    _run(work, as_json=as_json, show=_print_inspection)
+
+
+def _print_inspection(found: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("check", "", "figure", "bound", "found")
+    for check in found["checks"]:
+        figures = ["" if check[key] is None else f"{check[key]:.3g} {check['unit']}" for key in ("figure", "bound")]
+        verdict = "[green]holds[/]" if check["holds"] else "[bold red]FAILS[/]"
+        table.add_row(check["name"], verdict, *figures, escape(check["says"]))
+    console.print(table)
+    failed = sum(not check["holds"] for check in found["checks"])
+    says = f"{failed} of {len(found['checks'])} checks failed" if failed else "every check holds"
+    console.print(f"Version {found['version']}: {says} ({found['seconds']} s).", highlight=False)
 
 
 @app.command()

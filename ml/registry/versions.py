@@ -292,6 +292,18 @@ class Registry:
         page = f"experiments/{model.experiment_id}/models/{model.model_id}/artifacts"
         return f"{public_url.rstrip('/')}/#/{page}"
 
+    def fetch_declaration(self, version: ModelVersion, folder: Path) -> Path:
+        """Brings what MLflow wrote of a version, its `MLmodel`, into `folder` and returns the file's path.
+
+        `ml.registry.signature` reads it. MLflow writes it, so there is no checksum to hold it to.
+
+        Raises:
+            ModelNotFound: where there is no such version.
+            ModelInvalid: the file is missing.
+        """
+        self._bring(version, _DECLARATION, folder)
+        return folder / _DECLARATION
+
     def _bearer(self, alias: str) -> ModelVersion:
         with asking(self.tracking_uri):
             return _version(self._client.get_model_version_by_alias(self.name, alias))
@@ -330,22 +342,27 @@ class Registry:
             ) from None
 
     def _download(self, version: ModelVersion, file: str, partial: Path, target: Path) -> None:
+        self._bring(version, f"artifacts/{file}", partial)
+        if not _holds(partial / file, self._checksum(version, file)):
+            raise self._invalid(version, f"has another {file} than the one that was registered (SHA-256 differs)")
+        (partial / file).replace(target / file)
+
+    def _bring(self, version: ModelVersion, path: str, folder: Path) -> None:
+        """Downloads one file, by its path in the version, into `folder`."""
+        *above, file = path.split("/")
         logger.info("Fetching %s of %s version %d", file, version.name, version.version)
         with asking(self.tracking_uri):
             root = self._client.get_model_version_download_uri(version.name, str(version.version))
         try:
             with asking(self.tracking_uri, BULK):
                 mlflow.artifacts.download_artifacts(
-                    artifact_uri=f"{root}/artifacts/{file}", dst_path=str(partial), tracking_uri=self.tracking_uri
+                    artifact_uri=f"{root}/{path}", dst_path=str(folder), tracking_uri=self.tracking_uri
                 )
         except (RegistryUnavailable, RegistryError) as error:
             # MLflow reports a file that is gone and a server that is gone alike: ask what is there.
-            if self._stands(f"{root}/artifacts", file):
+            if self._stands("/".join([root, *above]), file):
                 raise
             raise self._invalid(version, f"has lost its file {file}") from error
-        if not _holds(partial / file, self._checksum(version, file)):
-            raise self._invalid(version, f"has another {file} than the one that was registered (SHA-256 differs)")
-        (partial / file).replace(target / file)
 
     def _stands(self, folder_uri: str, file: str) -> bool:
         with asking(self.tracking_uri):

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from ml.cli import app
 
 COMMANDS = [
-    *("ingest", "train", "pretrain", "sweep", "reproduce", "results", "promote", "rollback", "monitor", "migrate"),
-    *("evaluate", "status", "up", "down", "demo"),
+    *("ingest", "train", "pretrain", "sweep", "reproduce", "results", "promote", "rollback", "monitor"),
+    *("evaluate", "inspect", "migrate", "status", "up", "down", "demo"),
 ]
 
 
