@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from ml.datasets.labels import CLASS_NAMES
-from ml.monitoring.prediction_log import LogState
+from ml.monitoring.batch_writer import LogState
 from ml.serving.hot_swap import FollowerState
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)

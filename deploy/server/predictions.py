@@ -15,7 +15,8 @@ from deploy.server.bodies import images_of, json_of
 from deploy.server.metrics import ServerMetrics
 from ml.datasets.labels import CLASS_NAMES
 from ml.errors import InputInvalid
-from ml.monitoring.prediction_log import LoggedPrediction, LogState
+from ml.monitoring.batch_writer import LogState
+from ml.monitoring.prediction_log import LoggedPrediction
 from ml.serving.decoding import images_from_mlflow
 from ml.serving.hot_swap import FollowerState, LoadedModel
 

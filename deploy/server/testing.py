@@ -12,7 +12,8 @@ from flask import Flask
 from deploy.server.app import create_app
 from deploy.server.json_logging import logging_config
 from ml.errors import DatabaseUnavailable, PredictionNotFound
-from ml.monitoring.prediction_log import LoggedPrediction, LogState
+from ml.monitoring.batch_writer import LogState
+from ml.monitoring.prediction_log import LoggedPrediction
 from ml.serving.hot_swap import ChampionFollower
 from ml.serving.testing import FolderSource
 from ml.settings import Settings

@@ -1,13 +1,11 @@
 """Every prediction, kept in PostgreSQL: the server writes here, the monitor reads here.
 
 Owns the tables `predictions` and `feedback` (schema: `deploy/postgres/migrations`). `PredictionLog` takes predictions
-off the request path: a bounded queue, one background thread, one connection. `read_window` gives the monitor its rows;
-what they mean is decided in `ml.monitoring.statistics` and `policy`.
+off the request path (`ml.monitoring.batch_writer`). `read_window` gives the monitor its rows; what they mean is decided
+in `ml.monitoring.statistics` and `policy`.
 """
 
 import logging
-import threading
-from collections import deque
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -17,9 +15,10 @@ import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812 - psycopg2 names its class in lower case
 from psycopg2.extras import execute_values
 
-from ml.database import connect, transaction
+from ml.database import transaction
 from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
 from ml.errors import DatabaseUnavailable, InputInvalid, PredictionNotFound
+from ml.monitoring.batch_writer import BatchWriter
 from ml.monitoring.image_statistics import STATISTIC_NAMES, image_statistics
 
 logger = logging.getLogger(__name__)
@@ -61,16 +60,6 @@ class LoggedPrediction:
             raise ValueError(f"images must be uint8 (n, 32, 32, 3), not {self.images.dtype} {self.images.shape}")
         if self.probabilities.shape != (n, NUM_CLASSES):
             raise ValueError(f"probabilities must be ({n}, {NUM_CLASSES}), not {self.probabilities.shape}")
-
-
-@dataclass(frozen=True)
-class LogState:
-    """Counts of rows (one image each) since the log was opened, and whether the last write went well."""
-
-    queued: int
-    written: int
-    dropped: int
-    database_ok: bool
 
 
 @dataclass(frozen=True)
@@ -157,11 +146,8 @@ def record_feedback(database_url: str, request_id: UUID, index: int, label: int)
         ) from error
 
 
-class PredictionLog:
-    """Takes predictions from the request path and writes them to PostgreSQL in the background.
-
-    `append` never waits for the database and never fails: while PostgreSQL is away the queue holds up to `capacity`
-    rows, and what does not fit is counted as dropped. What was queued is written when it is back, exactly once.
+class PredictionLog(BatchWriter[LoggedPrediction]):
+    """Takes predictions from the request path and writes them to PostgreSQL in the background; see `BatchWriter`.
 
     Args:
         database_url: the predictions database.
@@ -180,68 +166,17 @@ class PredictionLog:
         batch_rows: int = 500,
         longest_pause: float = 2.0,
     ) -> None:
-        self._database_url = database_url
-        self._capacity = capacity
-        self._flush_every = flush_every
-        self._batch_rows = batch_rows
-        self._longest_pause = longest_pause
-        self._changed = threading.Condition()
-        # All of the following is touched under `_changed` only.
-        self._queue: deque[LoggedPrediction] = deque()
-        self._queued = self._written = self._dropped = 0
-        self._accepted = 0  # rows ever taken into the queue
-        self._settled = 0  # rows of those that have left it, written or given up
-        self._database_ok = True
-        self._hurry = False
-        self._closing = False
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Starts the background thread. Call it in the process that predicts, not before a fork."""
-        with self._changed:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
-                self._thread.start()
-
-    def append(self, prediction: LoggedPrediction) -> bool:
-        """Queues one request's predictions; False where the queue is full or closed and they are dropped."""
-        rows = len(prediction.images)
-        with self._changed:
-            if self._closing or self._queued + rows > self._capacity:
-                self._dropped += rows
-                return False
-            self._queue.append(prediction)
-            self._queued += rows
-            self._accepted += rows
-            self._changed.notify_all()
-        return True
-
-    def flush(self, timeout: float = 5.0) -> bool:
-        """Waits until everything appended so far is in the database; False where it is not after `timeout` seconds."""
-        with self._changed:
-            if self._settled >= self._accepted:
-                return True
-            target = self._accepted
-            self._hurry = True
-            self._changed.notify_all()
-            return self._changed.wait_for(lambda: self._settled >= target, timeout)
-
-    def close(self, timeout: float = 5.0) -> None:
-        """Writes what is queued, for `timeout` seconds at most, and ends the thread. What is left is dropped."""
-        written = self.flush(timeout if self._thread is not None else 0)
-        with self._changed:
-            self._closing = True
-            if not written:
-                logger.error("Prediction log closed with %d rows that PostgreSQL did not take.", self._queued)
-                self._give_up_queue()
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout)
-
-    def state(self) -> LogState:
-        """The counts at this moment."""
-        with self._changed:
-            return LogState(self._queued, self._written, self._dropped, self._database_ok)
+        super().__init__(
+            database_url,
+            insert=_insert,
+            rows_of=lambda prediction: len(prediction.images),
+            logger=logger,
+            name="Prediction log",
+            capacity=capacity,
+            flush_every=flush_every,
+            batch_rows=batch_rows,
+            longest_pause=longest_pause,
+        )
 
     def record_feedback(self, request_id: UUID, index: int, label: int) -> bool:
         """As the function of this name, also for a prediction that is still on its way to the database.
@@ -259,81 +194,6 @@ class PredictionLog:
                     "PostgreSQL has not taken the latest predictions yet.", fix="send the feedback again in a moment."
                 ) from None
         return record_feedback(self._database_url, request_id, index, label)
-
-    def _run(self) -> None:
-        connection: Connection | None = None
-        pause = 0.0
-        while batch := self._next_batch(pause):
-            rows = sum(len(item.images) for item in batch)
-            try:
-                connection = connection or connect(self._database_url)
-                _insert(connection, batch)
-            except (psycopg2.DataError, psycopg2.IntegrityError):
-                # These rows can never be written; keeping them would hold up all that follow.
-                logger.exception("Prediction log: %d rows were refused by PostgreSQL and are dropped.", rows)
-                pause = 0.0
-                self._settle(batch, rows, written=False)
-            except (psycopg2.Error, DatabaseUnavailable) as error:
-                # Away, in recovery, or without the schema yet: whatever it is, waiting loses nothing.
-                pause = min(self._longest_pause, pause * 2 or 0.1)
-                self._tell_once(error)
-                if connection is not None:
-                    connection.close()
-                    connection = None
-            else:
-                pause = 0.0
-                self._settle(batch, rows, written=True)
-        if connection is not None:
-            connection.close()
-
-    def _next_batch(self, pause: float) -> list[LoggedPrediction]:
-        """Waits for rows to write; empty when the log is closed and nothing is left."""
-        with self._changed:
-            if pause:
-                self._changed.wait_for(lambda: self._closing, pause)
-            else:
-                self._changed.wait_for(lambda: self._queue or self._closing)
-                full = self._batch_rows
-                self._changed.wait_for(lambda: self._queued >= full or self._hurry or self._closing, self._flush_every)
-            self._hurry = False
-            batch: list[LoggedPrediction] = []
-            rows = 0
-            for item in self._queue:
-                if batch and rows + len(item.images) > self._batch_rows:
-                    break
-                batch.append(item)
-                rows += len(item.images)
-            return batch
-
-    def _tell_once(self, error: Exception) -> None:
-        with self._changed:
-            if self._database_ok:
-                reason = " ".join(str(error).split())
-                logger.warning("Prediction log: %s Keeping up to %d rows meanwhile.", reason, self._capacity)
-            self._database_ok = False
-
-    def _settle(self, batch: list[LoggedPrediction], rows: int, *, written: bool) -> None:
-        with self._changed:
-            if not self._queue or self._queue[0] is not batch[0]:
-                return  # `close` gave up on them meanwhile
-            for _ in batch:
-                self._queue.popleft()
-            self._queued -= rows
-            self._settled += rows
-            if written:
-                self._written += rows
-                if not self._database_ok:
-                    logger.info("Prediction log: PostgreSQL is back; %d rows are still queued.", self._queued)
-                self._database_ok = True
-            else:
-                self._dropped += rows
-            self._changed.notify_all()
-
-    def _give_up_queue(self) -> None:
-        self._dropped += self._queued
-        self._settled += self._queued
-        self._queued = 0
-        self._queue.clear()
 
 
 def _insert(connection: Connection, batch: list[LoggedPrediction]) -> None:
