@@ -103,6 +103,18 @@ class ModelVersion:
             return None
 
 
+@dataclass(frozen=True)
+class RegisteredModel:
+    """The registered model as a whole: which version bears which alias, and its tags.
+
+    `created_at` tells it from one of the same name that was made anew, and counts its versions from 1 again.
+    """
+
+    aliases: Mapping[str, int]
+    tags: Mapping[str, str] = field(repr=False)
+    created_at: datetime
+
+
 class Registry:
     """The versions of one registered model at one MLflow server. Holds no state; threads may share it.
 
@@ -152,7 +164,7 @@ class Registry:
         # A search comes back without aliases: MLflow keeps them with the model.
         bearing: dict[int, list[str]] = {}
         for alias, number in self._aliases().items() if found else ():
-            bearing.setdefault(int(number), []).append(alias)
+            bearing.setdefault(number, []).append(alias)
         chosen = [
             replace(item, aliases=tuple(sorted(bearing.get(item.version, []))))
             for item in found
@@ -171,14 +183,23 @@ class Registry:
             with asking(self.tracking_uri):
                 self._client.set_model_version_tag(self.name, str(version), key, str(value))
 
-    def model_tag(self, key: str) -> str | None:
-        """A tag of the registered model as a whole; None where there is none."""
+    def model(self) -> RegisteredModel | None:
+        """Aliases and tags in one question; None where there is no registered model yet."""
         try:
             with asking(self.tracking_uri):
-                tags: Mapping[str, str] = self._client.get_registered_model(self.name).tags
+                found = self._client.get_registered_model(self.name)
         except ModelNotFound:
             return None
-        return tags.get(key)
+        return RegisteredModel(
+            aliases={alias: int(version) for alias, version in found.aliases.items()},
+            tags=dict(found.tags),
+            created_at=_time(found.creation_timestamp),
+        )
+
+    def model_tag(self, key: str) -> str | None:
+        """A tag of the registered model as a whole; None where there is none."""
+        model = self.model()
+        return None if model is None else model.tags.get(key)
 
     def set_model_tag(self, key: str, value: str) -> None:
         """Writes a tag on the registered model as a whole."""
@@ -308,13 +329,9 @@ class Registry:
         with asking(self.tracking_uri):
             return _version(self._client.get_model_version_by_alias(self.name, alias))
 
-    def _aliases(self) -> Mapping[str, str]:
-        try:
-            with asking(self.tracking_uri):
-                aliases: Mapping[str, str] = self._client.get_registered_model(self.name).aliases
-        except ModelNotFound:
-            return {}
-        return aliases
+    def _aliases(self) -> Mapping[str, int]:
+        model = self.model()
+        return {} if model is None else model.aliases
 
     def _logged_model(self, version: ModelVersion) -> LoggedModel:
         try:
@@ -388,5 +405,9 @@ def _version(item: MlflowVersion) -> ModelVersion:
         run_id=item.run_id or "",
         aliases=tuple(sorted(item.aliases)),
         tags=dict(item.tags),
-        created_at=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
+        created_at=_time(item.creation_timestamp),
     )
+
+
+def _time(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
