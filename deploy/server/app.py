@@ -1,22 +1,32 @@
-"""The Flask app: puts the parts together and does no I/O. `wsgi.py` hands it a follower and a log that run."""
+"""The Flask app: puts the parts together and does no I/O. `wsgi.py` hands it parts that run."""
 
 from flask import Flask
 
 from deploy.server import operations, page, predictions, problems, request_context
 from deploy.server.access import Gate, check_exposure
 from deploy.server.bodies import MAX_BODY_BYTES
-from deploy.server.metrics import ServerMetrics
-from deploy.server.predictions import Follower, Log
+from deploy.server.metrics import HasLogState, ServerMetrics
+from deploy.server.predictions import Log
+from ml.serving.router import Follower, Router
 from ml.settings import Settings
 
 
-def create_app(settings: Settings, *, follower: Follower, log: Log) -> Flask:
+def create_app(
+    settings: Settings,
+    *,
+    follower: Follower,
+    log: Log,
+    router: Router | None = None,
+    shadows: HasLogState | None = None,
+) -> Flask:
     """The prediction server.
 
     Args:
         settings: keys and address.
         follower: gives the model that answers.
         log: takes predictions and feedback.
+        router: answers by `follower`'s models; where none is given, one that keeps nothing of what it mirrors.
+        shadows: the log that `router` records in, for its figures.
 
     Raises:
         ConfigurationError: when it would serve the network without keys.
@@ -27,10 +37,11 @@ def create_app(settings: Settings, *, follower: Follower, log: Log) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1
     app.json.sort_keys = False  # type: ignore[attr-defined]
     gate = Gate(settings)
-    metrics = ServerMetrics(follower, log)
+    router = router or Router(follower)
+    metrics = ServerMetrics(follower, router, log, shadows)
     request_context.register(app, metrics)
     problems.register(app)
-    app.register_blueprint(predictions.blueprint(follower, log, gate, metrics))
-    app.register_blueprint(operations.blueprint(follower, gate, metrics))
+    app.register_blueprint(predictions.blueprint(follower, router, log, gate, metrics))
+    app.register_blueprint(operations.blueprint(follower, router, gate, metrics))
     app.register_blueprint(page.blueprint(gate))
     return app

@@ -8,7 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from ml.datasets.labels import CLASS_NAMES
 from ml.monitoring.batch_writer import LogState
-from ml.serving.hot_swap import FollowerState
+from ml.serving.hot_swap import Challenger, FollowerState
+from ml.serving.router import RouterState
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -27,10 +28,19 @@ class HasLogState(Protocol):
         """Its counts."""
 
 
-class ServerMetrics:
-    """Counts requests and predictions; asks the follower and the log for theirs when it is scraped."""
+class HasRouterState(Protocol):
+    """As `ml.serving.router.Router`."""
 
-    def __init__(self, follower: HasFollowerState, log: HasLogState) -> None:
+    def state(self) -> RouterState:
+        """Its counts."""
+
+
+class ServerMetrics:
+    """Counts requests and predictions; asks follower, router and logs for theirs when it is scraped."""
+
+    def __init__(
+        self, follower: HasFollowerState, router: HasRouterState, log: HasLogState, shadows: HasLogState | None
+    ) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "cifar10_http_requests", "Requests answered.", ["route", "method", "status"], registry=self._registry
@@ -46,6 +56,7 @@ class ServerMetrics:
             "cifar10_predictions", "Images predicted.", ["label", "version"], registry=self._registry
         )
         self._registry.register(_States(follower, log))
+        self._registry.register(_Challenged(follower, router, shadows))
 
     def observe(self, route: str, method: str, status: int, seconds: float) -> None:
         """One request answered."""
@@ -88,13 +99,65 @@ class _States:
         yield CounterMetricFamily(
             "cifar10_model_swap_failures", "Champions that could not be loaded.", value=follower.failed_swaps
         )
-        yield GaugeMetricFamily(
-            "cifar10_prediction_log_queued_rows", "Rows that wait for the database.", value=log.queued
-        )
-        yield CounterMetricFamily("cifar10_prediction_log_written_rows", "Rows in the database.", value=log.written)
+        yield from _log_figures("cifar10_prediction_log", log)
+
+
+class _Challenged:
+    """A collector: what the challenger gets and what came of it."""
+
+    def __init__(self, follower: HasFollowerState, router: HasRouterState, shadows: HasLogState | None) -> None:
+        self._follower = follower
+        self._router = router
+        self._shadows = shadows
+
+    def describe(self) -> list[Metric]:
+        """Nothing: keeps prometheus_client from collecting at registration."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures."""
+        follower, router = self._follower.state(), self._router.state()
+        yield from _share(follower.challenger)
         yield CounterMetricFamily(
-            "cifar10_prediction_log_dropped_rows", "Rows lost because the queue was full.", value=log.dropped
+            "cifar10_challenger_load_failures",
+            "Loads of a challenger that failed.",
+            value=follower.failed_challengers,
         )
-        yield GaugeMetricFamily(
-            "cifar10_prediction_log_database_up", "1 where the last write went well.", value=log.database_ok
-        )
+        for name, said in _COUNTED.items():
+            family = CounterMetricFamily(f"cifar10_challenger_{name}_images", said, labels=["version"])
+            for version, counts in router.counts.items():
+                family.add_metric([str(version)], getattr(counts, name))
+            yield family
+        yield GaugeMetricFamily("cifar10_mirror_queued_images", "Images that wait to be mirrored.", value=router.queued)
+        if self._shadows is not None:
+            yield from _log_figures("cifar10_shadow_log", self._shadows.state())
+
+
+_COUNTED = {
+    "answered": "Images of callers that the challenger answered.",
+    "mirrored": "Images that the challenger was shown unseen.",
+    "disagreed": "Mirrored images on which it said another class than the champion.",
+    "failed": "Images on which the challenger failed.",
+    "dropped": "Images not mirrored because the queue was full.",
+}
+
+
+def _share(challenger: Challenger | None) -> Iterator[Metric]:
+    family = GaugeMetricFamily(
+        "cifar10_challenger_share", "Share of the requests that a loaded challenger gets.", labels=["version", "mode"]
+    )
+    if challenger is not None and challenger.model is not None and challenger.traffic is not None:
+        traffic = challenger.traffic
+        family.add_metric([str(traffic.version), traffic.mode], traffic.share)
+    yield family
+    failing = challenger is not None and challenger.failure is not None
+    yield GaugeMetricFamily(
+        "cifar10_challenger_failing", "1 where traffic is meant for a challenger and something is wrong.", value=failing
+    )
+
+
+def _log_figures(name: str, log: LogState) -> Iterator[Metric]:
+    yield GaugeMetricFamily(f"{name}_queued_rows", "Rows that wait for the database.", value=log.queued)
+    yield CounterMetricFamily(f"{name}_written_rows", "Rows in the database.", value=log.written)
+    yield CounterMetricFamily(f"{name}_dropped_rows", "Rows lost because the queue was full.", value=log.dropped)
+    yield GaugeMetricFamily(f"{name}_database_up", "1 where the last write went well.", value=log.database_ok)

@@ -49,9 +49,25 @@ _DATA: Json = {"type": "string", "description": "what it learnt from: cifar-10, 
 _MODEL: Json = {
     "name": {"type": "string", "examples": ["cifar10-classifier"]},
     "version": {"type": "integer", "minimum": 1},
-    "alias": {"type": "string", "examples": ["champion"]},
+    "alias": {
+        "type": "string",
+        "description": "challenger where it is on trial, and this request was one of its share",
+        "examples": ["champion"],
+    },
     "data": _DATA,
 }
+
+_FAILURE: Json = {
+    "oneOf": [
+        {"type": "null"},
+        _object({"at": _TIME, "version": {"type": ["integer", "null"]}, "message": {"type": "string"}}),
+    ],
+}
+
+
+def _images(what: str) -> Json:
+    return {"type": "integer", "minimum": 0, "description": f"images since the server started: {what}"}
+
 
 _SCHEMAS: Json = {
     "Model": _object(_MODEL, {"weights": {"const": "RANDOM WEIGHTS", "description": "stands only where it is so"}}),
@@ -103,11 +119,29 @@ _SCHEMAS: Json = {
             "failed_swaps": {"type": "integer", "minimum": 0},
             "failure": {
                 "description": "what went wrong last and is not mended yet; the model above goes on serving",
-                "oneOf": [
-                    {"type": "null"},
-                    _object({"at": _TIME, "version": {"type": ["integer", "null"]}, "message": {"type": "string"}}),
-                ],
+                **_FAILURE,
             },
+            "challenger": {
+                "description": "the version that gets a share of the traffic; null where none does",
+                "oneOf": [{"type": "null"}, _ref("Challenger")],
+            },
+        }
+    ),
+    "Challenger": _object(
+        {
+            "version": {"type": ["integer", "null"], "description": "null where what is set cannot be read"},
+            "mode": {
+                "enum": ["mirror", "canary", None],
+                "description": "mirror: the champion answers, and it sees the same images; canary: it answers",
+            },
+            "share": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "description": "of requests"},
+            "loaded": {"type": "boolean"},
+            "answered": _images("of callers, which it answered"),
+            "mirrored": _images("that it was shown unseen"),
+            "disagreed": _images("of those, on which it said another class than the champion"),
+            "failed": _images("on which it failed; the champion answered"),
+            "dropped": _images("not mirrored, since too many waited"),
+            "failure": {"description": "why it gets nothing, or what could not be asked since", **_FAILURE},
         }
     ),
     "Alive": _object({"status": {"const": "alive"}}),

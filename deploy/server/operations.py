@@ -1,15 +1,19 @@
 """The routes for those who run the server: is it alive, is it ready, which model, what figures, what interface."""
 
+from dataclasses import asdict
+
 from flask import Blueprint, Response, jsonify, request
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from deploy.server import openapi
 from deploy.server.access import Gate
 from deploy.server.metrics import ServerMetrics
-from deploy.server.predictions import Follower, model_json
+from deploy.server.predictions import model_json
+from ml.serving.hot_swap import Challenger, Failure
+from ml.serving.router import Counts, Follower, Router
 
 
-def blueprint(follower: Follower, gate: Gate, metrics: ServerMetrics) -> Blueprint:
+def blueprint(follower: Follower, router: Router, gate: Gate, metrics: ServerMetrics) -> Blueprint:
     """GET /healthz, /readyz, /ping, /v1/model, /metrics, /openapi.json."""
     routes = Blueprint("operations", __name__)
     description = openapi.describe()
@@ -34,7 +38,6 @@ def blueprint(follower: Follower, gate: Gate, metrics: ServerMetrics) -> Bluepri
     def model() -> Response:
         gate.check(request)
         loaded, state = follower.current(), follower.state()
-        failure = state.failure
         return jsonify(
             name=loaded.name,
             version=loaded.version,
@@ -45,7 +48,8 @@ def blueprint(follower: Follower, gate: Gate, metrics: ServerMetrics) -> Bluepri
             loaded_at=loaded.loaded_at.isoformat(),
             swaps=state.swaps,
             failed_swaps=state.failed_swaps,
-            failure=failure and {"at": failure.at.isoformat(), "version": failure.version, "message": failure.message},
+            failure=_failure_json(state.failure),
+            challenger=_challenger_json(state.challenger, router),
         )
 
     @routes.get("/metrics")
@@ -58,3 +62,24 @@ def blueprint(follower: Follower, gate: Gate, metrics: ServerMetrics) -> Bluepri
         return jsonify(description)
 
     return routes
+
+
+def _challenger_json(challenger: Challenger | None, router: Router) -> dict[str, object] | None:
+    if challenger is None:
+        return None
+    traffic = challenger.traffic
+    counts = router.state().counts.get(traffic.version, Counts()) if traffic else Counts()
+    return {
+        "version": traffic and traffic.version,
+        "mode": traffic and traffic.mode,
+        "share": traffic and traffic.share,
+        "loaded": challenger.model is not None,
+        **asdict(counts),
+        "failure": _failure_json(challenger.failure),
+    }
+
+
+def _failure_json(failure: Failure | None) -> dict[str, object] | None:
+    if failure is None:
+        return None
+    return {"at": failure.at.isoformat(), "version": failure.version, "message": failure.message}

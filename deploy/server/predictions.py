@@ -18,19 +18,10 @@ from ml.errors import InputInvalid
 from ml.monitoring.batch_writer import LogState
 from ml.monitoring.prediction_log import LoggedPrediction
 from ml.serving.decoding import images_from_mlflow
-from ml.serving.hot_swap import FollowerState, LoadedModel
+from ml.serving.hot_swap import LoadedModel
+from ml.serving.router import Follower, Router
 
 RANDOM_WEIGHTS = "RANDOM WEIGHTS"
-
-
-class Follower(Protocol):
-    """As `ml.serving.hot_swap.ChampionFollower`."""
-
-    def current(self) -> LoadedModel:
-        """The model that answers; ServiceUnavailable where there is none."""
-
-    def state(self) -> FollowerState:
-        """What has happened so far."""
 
 
 class Log(Protocol):
@@ -46,14 +37,13 @@ class Log(Protocol):
         """Its counts."""
 
 
-def blueprint(follower: Follower, log: Log, gate: Gate, metrics: ServerMetrics) -> Blueprint:
+def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics: ServerMetrics) -> Blueprint:
     """POST /v1/predict, POST /v1/feedback, POST /invocations."""
     routes = Blueprint("predictions", __name__)
     routes.before_request(lambda: gate.check(request))
 
     def predict_and_log(images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
-        model = follower.current()
-        probabilities = model.engine.predict(images)
+        model, probabilities = router.predict(g.request_id, images)
         g.images = len(images)
         metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version)
         log.append(

@@ -4,6 +4,7 @@
 """
 
 import logging.config
+from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
@@ -14,9 +15,12 @@ from deploy.server.json_logging import logging_config
 from ml.errors import DatabaseUnavailable, PredictionNotFound
 from ml.monitoring.batch_writer import LogState
 from ml.monitoring.prediction_log import LoggedPrediction
-from ml.serving.hot_swap import ChampionFollower
+from ml.serving.engine import Engine
+from ml.serving.hot_swap import ChampionFollower, Predictor
+from ml.serving.router import Router
 from ml.serving.testing import FolderSource
 from ml.settings import Settings
+from ml.traffic import Mirrored
 
 
 class MemoryLog:
@@ -47,10 +51,30 @@ class MemoryLog:
         return LogState(0, sum(len(p.images) for p in self.predictions), 0, not self.away)
 
 
-def app_of(folder: str) -> Flask:
-    """An app that follows the champion in `folder`, looking twenty times a second."""
+class MemoryShadows:
+    """Keeps what was mirrored in a list."""
+
+    def __init__(self) -> None:
+        self.mirrored: list[Mirrored] = []
+
+    def append(self, mirrored: Mirrored) -> bool:
+        """Keeps it."""
+        self.mirrored.append(mirrored)
+        return True
+
+    def state(self) -> LogState:
+        """Counts."""
+        return LogState(0, sum(len(item.champion_classes) for item in self.mirrored), 0, database_ok=True)
+
+
+def app_of(folder: str, load: Callable[[Path], Predictor] = Engine) -> Flask:
+    """An app that follows champion and challenger in `folder`, looking twenty times a second."""
     logging.config.dictConfig(logging_config())
-    follower = ChampionFollower(FolderSource(Path(folder)), Path(folder), every=0.05)
-    app = create_app(Settings(_env_file=None), follower=follower, log=MemoryLog())  # type: ignore[call-arg]
+    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    follower = ChampionFollower(FolderSource(Path(folder)), Path(folder), every=0.05, load=load)
+    shadows = MemoryShadows()
+    router = Router(follower, record=shadows.append)
+    app = create_app(settings, follower=follower, log=MemoryLog(), router=router, shadows=shadows)
+    router.start()
     follower.start()
     return app

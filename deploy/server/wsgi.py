@@ -11,22 +11,37 @@ from deploy.server.app import create_app
 from deploy.server.json_logging import logging_config
 from deploy.server.registry_source import RegistrySource
 from ml.monitoring.prediction_log import PredictionLog
+from ml.monitoring.shadow_log import ShadowLog
 from ml.serving.engine import SERVER_THREADS, Engine
 from ml.serving.hot_swap import ChampionFollower
+from ml.serving.router import Router
 from ml.settings import load_settings
 
 logging.config.dictConfig(logging_config())
 logging.captureWarnings(True)
 _settings = load_settings()
 _log = PredictionLog(_settings.database_url)
+_shadows = ShadowLog(_settings.database_url)
 _follower = ChampionFollower(
     RegistrySource(_settings.tracking_uri, _settings.cache_dir),
     _settings.cache_dir,
     load=partial(Engine, threads=SERVER_THREADS),
 )
-app = create_app(_settings, follower=_follower, log=_log)
+_router = Router(_follower, record=_shadows.append)
+app = create_app(_settings, follower=_follower, log=_log, router=_router, shadows=_shadows)
+
+
+def _end() -> None:
+    """In order: nothing new is loaded; the predictions are written out, which matter most; then what was mirrored."""
+    _follower.close()
+    _log.close()
+    _router.close()
+    _shadows.close(timeout=1)
+
+
 _log.start()
+_shadows.start()
+_router.start()
 _follower.start()
 # Runs when a worker ends in order, on SIGTERM too: what is still queued reaches the database.
-atexit.register(_log.close)
-atexit.register(_follower.close)
+atexit.register(_end)

@@ -1,7 +1,9 @@
 """Follows the champion: looks who it is, loads it beside the one that serves, swaps between two requests.
 
-Owns the model that answers, and the promise that a model is never replaced by one that does not work. Where models
-come from is behind `ChampionSource`; HTTP and metrics read `current()` and `state()`.
+Owns the model that answers, and the promise that a model is never replaced by one that does not work. While traffic is
+meant for the challenger, it is loaded beside; nothing that happens to it touches the champion. Where models come from
+is behind `ChampionSource`; which of the two gets a request is `ml.serving.router`'s; HTTP and metrics read `current()`
+and `state()`.
 """
 
 import json
@@ -19,17 +21,19 @@ import numpy as np
 from ml.errors import CifarError, ModelInvalid, ModelNotFound, RegistryUnavailable, ServiceUnavailable, StorageError
 from ml.files import write_whole
 from ml.serving.engine import Engine
+from ml.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
-ALIAS = "champion"
+ALIAS, CHALLENGER_ALIAS = "champion", "challenger"
 
 
 @dataclass(frozen=True)
 class Champion:
-    """Who bears the alias. `data` is "cifar-10" or "SYNTHETIC"; `weights` says what training started from.
+    """Who bears the alias, or may come to: a challenger is described alike.
 
-    `fingerprint` tells the model's content: a registry that was made anew counts its versions from 1 again.
+    `data` is "cifar-10" or "SYNTHETIC"; `weights` says what training started from. `fingerprint` tells the model's
+    content: a registry that was made anew counts its versions from 1 again.
     """
 
     name: str
@@ -46,10 +50,18 @@ class Champion:
 
 
 class ChampionSource(Protocol):
-    """A registry, as far as serving needs one."""
+    """A registry, as far as serving needs one. One thread asks."""
 
     def champion(self) -> Champion | None:
         """Who it is; None where the registry says that there is none. RegistryUnavailable where it cannot be asked."""
+
+    def challenger(self) -> tuple[Champion, Traffic] | None:
+        """Who the challenger is, and the traffic that is set; None where there is either no challenger or no traffic.
+
+        Asked after `champion`: what the registry answered then may be used again. Whether the traffic is meant for
+        this challenger is left to the caller. RegistryUnavailable where it cannot be asked, RegistryError where what is
+        set cannot be read.
+        """
 
     def fetch(self, champion: Champion) -> Path:
         """Path of its ONNX file on this machine. RegistryUnavailable, RegistryError or StorageError where it fails."""
@@ -89,17 +101,35 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Challenger:
+    """The challenger while traffic is meant for it.
+
+    `model` None: it gets nothing, since it is being loaded, or could not be, which `failure` then says. `traffic` None:
+    what it is to get cannot be read. A failure beside a model: the registry could not be asked since, and it goes on.
+    """
+
+    traffic: Traffic | None
+    model: LoadedModel | None
+    failure: Failure | None
+
+
+@dataclass(frozen=True)
 class FollowerState:
-    """What the follower has done so far; `swaps` counts the first load too."""
+    """What the follower has done so far; `swaps` counts the first load too.
+
+    `challenger` None: no traffic is meant for one. `failed_challengers` counts its loads that failed.
+    """
 
     model: LoadedModel | None
     failure: Failure | None
     swaps: int
     failed_swaps: int
+    challenger: Challenger | None = None
+    failed_challengers: int = 0
 
 
 class ChampionFollower:
-    """Keeps the champion loaded.
+    """Keeps the champion loaded, and beside it the challenger while traffic is meant for it.
 
     A version that cannot be used is tried again after `again_after` seconds, so that a broken one is not downloaded at
     every poll. Whatever fails, the model that serves goes on. Where the registry is away at the start, the champion
@@ -125,15 +155,19 @@ class ChampionFollower:
         self._source = source
         self._memory = cache_dir / "serving" / "last_champion.json"
         self._every = every
-        self._again_after = again_after
+        self._champions = _Loader(source, load, again_after)
+        self._challengers = _Loader(source, load, again_after)
         self._load = load
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         # One reference, replaced whole: readers need no lock, and a request keeps the model that it began with.
         self._state = FollowerState(model=None, failure=None, swaps=0, failed_swaps=0)
-        self._refused: tuple[Champion, float] | None = None
         self._recalled = False
         self._serving: Champion | None = None
+        self._crowned: int | None = None  # who bears the alias, whether or not it could be loaded
+        self._challenging: Champion | None = None
+        self._refusal: Failure | None = None  # of the challenger that could not be loaded last
+        self._told: tuple[int | None, str] | None = None  # of the challenger, so that it is told once
 
     def current(self) -> LoadedModel:
         """The model that answers now. Take it once per request, so that the reply's version is the one that predicted.
@@ -170,8 +204,14 @@ class ChampionFollower:
     def poll(self) -> None:
         """Looks once and swaps where the champion is another one. Called by the thread; a test may call it itself.
 
-        What fails is told by `state`; who serves goes on.
+        What fails is told by `state`; who serves goes on. The champion comes first: it waits for no challenger that
+        this look would load. Where the registry cannot be asked for it, the challenger stays as it is.
         """
+        if self._follow_champion():
+            self._follow_challenger()
+
+    def _follow_champion(self) -> bool:
+        """One look; False where the registry did not answer."""
         try:
             champion = self._source.champion()
         except (CifarError, OSError) as error:
@@ -180,15 +220,85 @@ class ChampionFollower:
             if unasked and not self._recalled and self._state.model is None:
                 self._recalled = True
                 self._recall()
-            return
+            return False
+        self._crowned = None if champion is None else champion.version
         if champion is None:
             self._nobody()
         elif self._is_serving(champion):
             if self._state.failure is not None:
                 logger.info("%s version %d is the champion and serves.", champion.name, champion.version)
                 self._state = replace(self._state, failure=None)
-        elif not self._was_refused(champion):
+        elif not self._champions.was_refused(champion):
             self._swap_to(champion)
+        return True
+
+    def _follow_challenger(self) -> None:
+        try:
+            found = self._source.challenger()
+        except ServiceUnavailable as error:
+            # Nothing was said of the traffic: it goes on as it was last known.
+            self._challenger_fails(error, self._state.challenger or Challenger(None, None, None))
+            return
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with the challenger, the champion is followed
+            # Traffic by an order that cannot be read would be a guess.
+            self._let_challenger_go()
+            self._challenger_fails(error, Challenger(None, None, None), "The challenger's traffic cannot be read.")
+            return
+        if found is None or not self._is_meant_for(*found):
+            self._let_challenger_go()
+        else:
+            self._challenge(*found)
+
+    def _is_meant_for(self, challenger: Champion, traffic: Traffic) -> bool:
+        # The champion by its alias and the one that serves may differ, where the first cannot be loaded.
+        serves = self._serving is not None and self._serving.version == challenger.version
+        return traffic.is_for(challenger.version, self._crowned) and not serves
+
+    def _challenge(self, challenger: Champion, traffic: Traffic) -> None:
+        held = self._state.challenger
+        same = self._challenging is not None and self._challenging.identity == challenger.identity
+        if same and held is not None:
+            if held.traffic != traffic or held.failure is not None:
+                self._set_challenger(Challenger(traffic, held.model, None))
+                _tell(traffic)
+        elif self._challengers.was_refused(challenger):
+            self._let_challenger_go()
+            self._set_challenger(Challenger(traffic, None, self._refusal))
+        else:
+            self._let_challenger_go()
+            self._load_challenger(challenger, traffic)
+
+    def _load_challenger(self, challenger: Champion, traffic: Traffic) -> None:
+        self._set_challenger(Challenger(traffic, None, None))
+        try:
+            _, engine = self._challengers.load(challenger)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with the challenger, the champion is followed
+            self._state = replace(self._state, failed_challengers=self._state.failed_challengers + 1)
+            self._refusal = self._challenger_fails(error, Challenger(traffic, None, None), version=challenger.version)
+            return
+        self._challenging, self._told = challenger, None
+        self._set_challenger(Challenger(traffic, _loaded(challenger, engine, CHALLENGER_ALIAS), None))
+        _tell(traffic)
+
+    def _let_challenger_go(self) -> None:
+        if self._challenging is not None:
+            logger.info("Version %d gets no traffic as the challenger any more.", self._challenging.version)
+        self._challenging = None
+        self._set_challenger(None)
+
+    def _set_challenger(self, challenger: Challenger | None) -> None:
+        self._state = replace(self._state, challenger=challenger)
+
+    def _challenger_fails(
+        self, error: Exception, standing: Challenger, said: str | None = None, version: int | None = None
+    ) -> Failure:
+        failure = Failure(datetime.now(UTC), version, said or _for_clients(error))
+        self._set_challenger(replace(standing, failure=failure))
+        if self._told != (version, str(error)):
+            expected = isinstance(error, (CifarError, OSError))
+            logger.warning("Challenger: %s", error, exc_info=None if expected else error)
+        self._told = (version, str(error))
+        return failure
 
     def _run(self) -> None:
         while not self._ending.is_set():
@@ -200,13 +310,6 @@ class ChampionFollower:
 
     def _is_serving(self, champion: Champion) -> bool:
         return self._serving is not None and self._serving.identity == champion.identity
-
-    def _was_refused(self, champion: Champion) -> bool:
-        return (
-            self._refused is not None
-            and self._refused[0].identity == champion.identity
-            and time.monotonic() - self._refused[1] < self._again_after
-        )
 
     def _nobody(self) -> None:
         serving = self._state.model
@@ -220,31 +323,19 @@ class ChampionFollower:
 
     def _swap_to(self, champion: Champion) -> None:
         try:
-            path = self._source.fetch(champion)
-            engine = self._load(path)
+            path, engine = self._champions.load(champion)
         except (CifarError, OSError) as error:
-            # A registry that went away in between may be back at the next look; a broken version stays broken.
-            if not isinstance(error, ServiceUnavailable):
-                self._refused = (champion, time.monotonic())
             self._fail(error, champion.version)
             return
         self._take(champion, engine)
         self._remember(champion, path)
 
     def _take(self, champion: Champion, engine: Predictor) -> None:
-        before = self._state.model
-        model = LoadedModel(
-            engine=engine,
-            name=champion.name,
-            version=champion.version,
-            alias=ALIAS,
-            data=champion.data,
-            architecture=champion.architecture,
-            weights=champion.weights,
-            loaded_at=datetime.now(UTC),
-        )
-        self._refused, self._serving = None, champion
-        self._state = FollowerState(model, None, self._state.swaps + 1, self._state.failed_swaps)
+        before, model = self._state.model, _loaded(champion, engine, ALIAS)
+        if self._challenging is not None and self._challenging.identity == champion.identity:
+            self._let_challenger_go()  # it has become the champion
+        self._serving = champion
+        self._state = replace(self._state, model=model, failure=None, swaps=self._state.swaps + 1)
         instead = f", instead of version {before.version}" if before else ""
         logger.info("%s version %d (%s) serves now%s.", model.name, model.version, model.data, instead)
 
@@ -283,6 +374,55 @@ class ChampionFollower:
         logger.warning("The registry is away: the last champion is taken from the cache.")
         self._take(champion, engine)
         self._state = replace(self._state, failure=failure)
+
+
+class _Loader:
+    """Fetches and loads versions, and remembers the one that failed last, so that it is not tried at every look."""
+
+    def __init__(self, source: ChampionSource, load: Callable[[Path], Predictor], again_after: float) -> None:
+        self._source = source
+        self._load = load
+        self._again_after = again_after
+        self._refused: tuple[Champion, float] | None = None
+
+    def was_refused(self, version: Champion) -> bool:
+        """Whether it failed less than `again_after` seconds ago."""
+        return (
+            self._refused is not None
+            and self._refused[0].identity == version.identity
+            and time.monotonic() - self._refused[1] < self._again_after
+        )
+
+    def load(self, version: Champion) -> tuple[Path, Predictor]:
+        """Its ONNX file and what predicts with it. Raises whatever fetching and loading raise."""
+        try:
+            path = self._source.fetch(version)
+            engine = self._load(path)
+        except ServiceUnavailable:
+            raise  # a registry that went away in between may be back at the next look
+        except Exception:
+            self._refused = (version, time.monotonic())  # a broken version stays broken
+            raise
+        self._refused = None
+        return path, engine
+
+
+def _loaded(version: Champion, engine: Predictor, alias: str) -> LoadedModel:
+    return LoadedModel(
+        engine=engine,
+        name=version.name,
+        version=version.version,
+        alias=alias,
+        data=version.data,
+        architecture=version.architecture,
+        weights=version.weights,
+        loaded_at=datetime.now(UTC),
+    )
+
+
+def _tell(traffic: Traffic) -> None:
+    does = "answers" if traffic.mode == "canary" else "is shown"
+    logger.info("Version %d %s %g of the requests as the challenger.", traffic.version, does, traffic.share)
 
 
 def _for_clients(error: Exception) -> str:

@@ -17,6 +17,7 @@ from deploy.server.app import create_app
 from deploy.server.testing import MemoryLog
 from ml.errors import ConfigurationError, ServiceUnavailable
 from ml.monitoring.prediction_log import PredictionLog
+from ml.serving.router import Router
 from ml.settings import Settings
 from tests.kubernetes_manifests import (
     FOLDER,
@@ -142,7 +143,8 @@ def the_server_has_time_to_end(m: Manifests) -> Iterator[str]:
     pause = int(command[1])
     if command[0] != "sleep" or not 3 <= pause <= 15:
         yield f"preStop is {command}: the Service still sends requests to a server that has closed its port"
-    flush = 2 * inspect.signature(PredictionLog.close).parameters["timeout"].default  # to write, and to join the thread
+    follower, shadows = 1, 2  # to join the one's thread; to write the other, and to join its thread
+    flush = 2 * _timeout(PredictionLog.close) + _timeout(Router.close) + follower + shadows
     needed = pause + _gunicorn("graceful_timeout") + flush
     if pod.get("terminationGracePeriodSeconds", 30) <= needed:
         yield f"killed before the {needed:.0f} s are over that ending in order may take"
@@ -573,6 +575,10 @@ def _gunicorn(name: str) -> float:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             return float(ast.literal_eval(statement.value))
     raise AssertionError(f"gunicorn.conf.py sets no {name}")
+
+
+def _timeout(close: Callable[..., None]) -> float:
+    return inspect.signature(close).parameters["timeout"].default
 
 
 def _bytes(quantity: str) -> int:

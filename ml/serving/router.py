@@ -1,0 +1,260 @@
+"""Decides which model answers a request, and shows the challenger what it is to see.
+
+Owns the two promises to callers: what the challenger does or fails to do costs nobody an answer, and a request is
+mirrored after it was answered, in the background, or not at all. Who the models are is `ml.serving.hot_swap`'s; what
+becomes of a mirrored request is its receiver's.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Protocol
+from uuid import UUID
+
+import numpy as np
+
+from ml.errors import CifarError
+from ml.serving.hot_swap import Challenger, FollowerState, LoadedModel
+from ml.traffic import Mirrored, Mode
+
+logger = logging.getLogger(__name__)
+
+
+class Follower(Protocol):
+    """As `ml.serving.hot_swap.ChampionFollower`."""
+
+    def current(self) -> LoadedModel:
+        """The champion; ServiceUnavailable where none is loaded."""
+
+    def state(self) -> FollowerState:
+        """What has happened so far; the challenger, if any, is in it."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one version did as the challenger since the server started, in images.
+
+    `answered`: of callers' requests. `mirrored`: predicted unseen, or failed on; `disagreed`: of those, the images of
+    which it said another class. `failed`: it raised, in whichever mode. `dropped`: not mirrored, since the queue was
+    full.
+    """
+
+    answered: int = 0
+    mirrored: int = 0
+    disagreed: int = 0
+    failed: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class RouterState:
+    """Images that wait to be mirrored, and the counts of each version that has been the challenger."""
+
+    queued: int
+    counts: Mapping[int, Counts]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request that was answered and is to be mirrored."""
+
+    request_id: UUID
+    answered_at: datetime
+    champion_version: int
+    champion_classes: np.ndarray
+    champion_ms: float
+    images: np.ndarray
+    challenger: LoadedModel
+
+
+def _keep_nothing(_: Mirrored) -> None:
+    """For a server that keeps no shadow log."""
+
+
+class Router:
+    """Answers requests. Safe to use from several threads at once.
+
+    Args:
+        follower: gives the champion, and the challenger while traffic is meant for it.
+        record: is handed each mirrored request, on the background thread; must not wait.
+        capacity: images that wait to be mirrored at most; an image is 3.1 kB. What does not fit is dropped and counted.
+    """
+
+    def __init__(
+        self, follower: Follower, *, record: Callable[[Mirrored], object] = _keep_nothing, capacity: int = 1000
+    ) -> None:
+        self._follower = follower
+        self._record = record
+        self._capacity = capacity
+        self._changed = threading.Condition()
+        # All of the following is touched under `_changed` only.
+        self._queue: deque[_Waiting] = deque()
+        self._queued = 0  # the one that is being predicted included
+        self._counts: dict[int, Counts] = {}
+        self._told: set[int] = set()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts to mirror in a background thread. Call it in the process that predicts, not before a fork."""
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+                self._thread.start()
+
+    def predict(self, request_id: UUID, images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
+        """Answers one request.
+
+        Args:
+            request_id: decides, where a challenger gets a share of the traffic, whether this request is in it.
+            images: uint8 (n, 32, 32, 3), n at least 1.
+
+        Returns:
+            The model that answered, and its probabilities, float32 (n, 10). A canary that fails on the images does not
+            answer: the champion does.
+
+        Raises:
+            ServiceUnavailable: when no champion is loaded.
+            ModelInvalid: when the champion fails on these images.
+        """
+        champion = self._follower.current()
+        canary = self._challenger_for(request_id, "canary")
+        if canary is not None and (answer := self._try(canary, images)) is not None:
+            return canary, answer
+        started = time.perf_counter()
+        probabilities = champion.engine.predict(images)
+        milliseconds = _milliseconds_since(started)
+        shown = self._challenger_for(request_id, "mirror")
+        if shown is not None and shown.version != champion.version:
+            self._put(
+                _Waiting(
+                    request_id=request_id,
+                    answered_at=datetime.now(UTC),
+                    champion_version=champion.version,
+                    champion_classes=probabilities.argmax(axis=1),
+                    champion_ms=milliseconds,
+                    images=images,
+                    challenger=shown,
+                )
+            )
+        return champion, probabilities
+
+    def state(self) -> RouterState:
+        """The counts at this moment."""
+        with self._changed:
+            return RouterState(self._queued, dict(self._counts))
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Waits until everything so far is mirrored; False where it is not after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._queued == 0, timeout)
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Mirrors what waits, for `timeout` seconds at most, and ends the thread. What is left is dropped, counted."""
+        ends = time.monotonic() + timeout
+        if self._thread is not None:
+            self.flush(timeout)
+        with self._changed:
+            self._closing = True
+            while self._queue:
+                self._drop(self._queue.pop())
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(max(0.0, ends - time.monotonic()))
+
+    def _challenger_for(self, request_id: UUID, mode: Mode) -> LoadedModel | None:
+        challenger: Challenger | None = self._follower.state().challenger
+        if challenger is None or challenger.model is None or challenger.traffic is None:
+            return None
+        traffic = challenger.traffic
+        return challenger.model if traffic.mode == mode and traffic.chooses(request_id) else None
+
+    def _try(self, canary: LoadedModel, images: np.ndarray) -> np.ndarray | None:
+        try:
+            answer = canary.engine.predict(images)
+        except Exception as error:  # noqa: BLE001 - however a canary fails, the champion answers
+            self._tell_once(canary, error)
+            self._count(canary.version, failed=len(images))
+            return None
+        self._count(canary.version, answered=len(images))
+        return answer
+
+    def _put(self, item: _Waiting) -> None:
+        with self._changed:
+            fits = not self._closing and self._queued + len(item.images) <= self._capacity
+            self._queued += len(item.images)
+            if fits:
+                self._queue.append(item)
+                self._changed.notify_all()
+            else:
+                self._drop(item)
+
+    def _drop(self, item: _Waiting) -> None:
+        self._queued -= len(item.images)
+        self._count(item.challenger.version, dropped=len(item.images))
+
+    def _run(self) -> None:
+        while (item := self._next()) is not None:
+            try:
+                self._show(item)
+            except Exception:
+                # A thread that dies unseen would never mirror again.
+                logger.exception("A request was not mirrored")
+            finally:
+                with self._changed:
+                    self._queued -= len(item.images)
+                    self._changed.notify_all()
+
+    def _show(self, item: _Waiting) -> None:
+        mirrored = self._mirror(item)
+        n = len(item.images)
+        failed = n if mirrored.failure is not None else 0
+        self._count(item.challenger.version, mirrored=n, disagreed=mirrored.disagreements, failed=failed)
+        self._record(mirrored)
+
+    def _next(self) -> _Waiting | None:
+        """Waits for a request to mirror; None when the router is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            return self._queue.popleft() if self._queue else None
+
+    def _mirror(self, item: _Waiting) -> Mirrored:
+        probabilities, milliseconds, failure = None, None, None
+        started = time.perf_counter()
+        try:
+            probabilities = item.challenger.engine.predict(item.images)
+            milliseconds = _milliseconds_since(started)
+        except Exception as error:  # noqa: BLE001 - that it fails, however it does, is what mirroring is to find out
+            self._tell_once(item.challenger, error)
+            failure = error.message if isinstance(error, CifarError) else f"{type(error).__name__}: {error}"
+        return Mirrored(
+            request_id=item.request_id,
+            created_at=item.answered_at,
+            champion_version=item.champion_version,
+            challenger_version=item.challenger.version,
+            champion_classes=item.champion_classes,
+            champion_ms=item.champion_ms,
+            probabilities=probabilities,
+            challenger_ms=milliseconds,
+            failure=failure,
+        )
+
+    def _count(self, version: int, **images: int) -> None:
+        with self._changed:
+            before = self._counts.get(version, Counts())
+            self._counts[version] = replace(before, **{name: getattr(before, name) + n for name, n in images.items()})
+
+    def _tell_once(self, challenger: LoadedModel, error: Exception) -> None:
+        with self._changed:
+            known = challenger.version in self._told
+            self._told.add(challenger.version)
+        if not known:
+            logger.warning("Challenger version %d fails: %s Told once; see its counts.", challenger.version, error)
+
+
+def _milliseconds_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000
