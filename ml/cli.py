@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ml.errors import CifarError, ConfigurationError, RegistryUnavailable
 from ml.settings import Settings, load_settings
+from ml.traffic import Mode
 from ml.training.recipe import PRETRAINING_RECIPE
 
 app = typer.Typer(
@@ -386,6 +387,43 @@ def _print_evaluation(found: dict[str, Any]) -> None:
     mean = f"Mean accuracy under corruption {corrupted['mean_accuracy']:.4f} (95 % interval {interval})"
     cost = f"{corrupted['n']:,} images a cell; {found['seconds']:.0f} s"
     console.print(f"{mean}, {cost}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def challenge(
+    version: Annotated[
+        int | None, typer.Argument(help="Which one; the present challenger where none is given.")
+    ] = None,
+    *,
+    mirror: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Show it this share of the requests; the champion answers.")
+    ] = None,
+    canary: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Let it answer this share of the requests.")
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Send it no traffic any more.")] = False,
+    unjudged: Annotated[
+        bool, typer.Option("--unjudged", help="Let it answer though the gate has not judged it yet.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send a share of the traffic to a challenger, or mirror it; without arguments say what is set."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows import challenge as workflow
+
+        if (mirror is not None) + (canary is not None) + off > 1 or (off and version is not None):
+            raise ConfigurationError(
+                "--mirror, --canary and --off exclude each other, and --off takes no version.",
+                fix="say one of them.",
+            )
+        if off:
+            return workflow.end_challenge(settings)
+        mode: Mode | None = "mirror" if mirror is not None else "canary" if canary is not None else None
+        share = mirror if mirror is not None else canary
+        return workflow.challenge(settings, version, mode=mode, share=share, unjudged=unjudged)
+
+    _run(work, as_json=as_json)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from ml.cli import app
 
 COMMANDS = [
     *("ingest", "train", "pretrain", "sweep", "reproduce", "results", "promote", "rollback", "monitor"),
-    *("evaluate", "inspect", "migrate", "status", "up", "down", "demo"),
+    *("challenge", "evaluate", "inspect", "migrate", "status", "up", "down", "demo"),
 ]
 
 
@@ -52,6 +52,11 @@ def test_no_command_is_forgotten_here():
         ["evaluate", "--limit", "0"],
         ["evaluate", "--version", "1", "--alias", "champion"],
         ["sweep", "x", "--trials", "0"],
+        ["challenge", "2"],
+        ["challenge", "2", "--mirror", "1", "--canary", "0.1"],
+        ["challenge", "2", "--off"],
+        ["challenge", "2", "--canary", "1.5"],
+        ["challenge", "--mirror", "0"],
     ],
 )
 def test_bad_usage_exits_with_2(cifar10, arguments):
