@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml.errors import ModelNotFound
 from ml.registry import traffic
+from ml.registry.connection import BULK, QUICK
 from ml.registry.versions import CHALLENGER, CHAMPION, ONNX_FILE, ModelVersion, RegisteredModel, Registry, checksum_tag
 from ml.serving.hot_swap import Champion
 from ml.traffic import Traffic
@@ -37,7 +38,11 @@ class RegistrySource:
 
     def fetch(self, champion: Champion) -> Path:
         """Path of its ONNX file under the cache folder."""
-        return self._registry.fetch(champion.version, self._cache_dir, (ONNX_FILE,)) / "artifacts" / ONNX_FILE
+        crowned = self._model is not None and self._model.aliases.get(CHAMPION) == champion.version
+        # A change of champion must not wait behind a challenger's file that does not come.
+        limits = BULK if crowned else QUICK
+        folder = self._registry.fetch(champion.version, self._cache_dir, (ONNX_FILE,), limits=limits)
+        return folder / "artifacts" / ONNX_FILE
 
     def _bearer(self, alias: str) -> Champion | None:
         if self._model is None or (number := self._model.aliases.get(alias)) is None:

@@ -31,7 +31,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from ml.digests import file_digest
 from ml.errors import ModelInvalid, ModelNotFound, RegistryError, RegistryUnavailable, StorageError
-from ml.registry.connection import BULK, asking
+from ml.registry.connection import BULK, Limits, asking
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,14 @@ class Registry:
         with asking(self.tracking_uri):
             self._client.delete_registered_model_tag(self.name, key)
 
-    def fetch(self, version: ModelVersion | int, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
+    def fetch(
+        self,
+        version: ModelVersion | int,
+        cache_dir: Path,
+        files: Sequence[str] = MODEL_FILES,
+        *,
+        limits: Limits = BULK,
+    ) -> Path:
         """Brings a version's files into `cache_dir`/models/<name>/<version>/artifacts/ and returns <version>'s folder.
 
         A file that lies there with the right SHA-256 is not asked for again, so `cache_dir` may hold a server's ONNX
@@ -221,6 +228,7 @@ class Registry:
             version: which one.
             cache_dir: a folder of the caller's; made where there is none.
             files: names out of `MODEL_FILES`; all of them where none are given.
+            limits: how long the server may be silent; shorter for a file that something more urgent waits behind.
 
         Raises:
             ModelNotFound: where there is no such version.
@@ -238,7 +246,7 @@ class Registry:
             # On the same file system as the target, so that the move at the end is one step.
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
                 for file in missing:
-                    self._download(wanted, file, Path(partial), target)
+                    self._download(wanted, file, Path(partial), target, limits)
         except RegistryUnavailable:
             raise
         except OSError as error:
@@ -358,20 +366,20 @@ class Registry:
                 fix="it was registered by something else: register models with `cifar10 train`.",
             ) from None
 
-    def _download(self, version: ModelVersion, file: str, partial: Path, target: Path) -> None:
-        self._bring(version, f"artifacts/{file}", partial)
+    def _download(self, version: ModelVersion, file: str, partial: Path, target: Path, limits: Limits) -> None:
+        self._bring(version, f"artifacts/{file}", partial, limits)
         if not _holds(partial / file, self._checksum(version, file)):
             raise self._invalid(version, f"has another {file} than the one that was registered (SHA-256 differs)")
         (partial / file).replace(target / file)
 
-    def _bring(self, version: ModelVersion, path: str, folder: Path) -> None:
+    def _bring(self, version: ModelVersion, path: str, folder: Path, limits: Limits = BULK) -> None:
         """Downloads one file, by its path in the version, into `folder`."""
         *above, file = path.split("/")
         logger.info("Fetching %s of %s version %d", file, version.name, version.version)
         with asking(self.tracking_uri):
             root = self._client.get_model_version_download_uri(version.name, str(version.version))
         try:
-            with asking(self.tracking_uri, BULK):
+            with asking(self.tracking_uri, limits):
                 mlflow.artifacts.download_artifacts(
                     artifact_uri=f"{root}/{path}", dst_path=str(folder), tracking_uri=self.tracking_uri
                 )

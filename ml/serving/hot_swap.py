@@ -156,7 +156,9 @@ class ChampionFollower:
         self._memory = cache_dir / "serving" / "last_champion.json"
         self._every = every
         self._champions = _Loader(source, load, again_after)
-        self._challengers = _Loader(source, load, again_after)
+        # A change of champion waits while a challenger is fetched: one whose files do not come is not asked for at
+        # every look.
+        self._challengers = _Loader(source, load, again_after, spare=True)
         self._load = load
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
@@ -377,9 +379,15 @@ class ChampionFollower:
 
 
 class _Loader:
-    """Fetches and loads versions, and remembers the one that failed last, so that it is not tried at every look."""
+    """Fetches and loads versions, and remembers the one that failed last, so that it is not tried at every look.
 
-    def __init__(self, source: ChampionSource, load: Callable[[Path], Predictor], again_after: float) -> None:
+    `spare`: so too where the registry could not be asked; else it may be back at the next look.
+    """
+
+    def __init__(
+        self, source: ChampionSource, load: Callable[[Path], Predictor], again_after: float, *, spare: bool = False
+    ) -> None:
+        self._spare = spare
         self._source = source
         self._load = load
         self._again_after = again_after
@@ -398,10 +406,9 @@ class _Loader:
         try:
             path = self._source.fetch(version)
             engine = self._load(path)
-        except ServiceUnavailable:
-            raise  # a registry that went away in between may be back at the next look
-        except Exception:
-            self._refused = (version, time.monotonic())  # a broken version stays broken
+        except Exception as error:
+            if self._spare or not isinstance(error, ServiceUnavailable):
+                self._refused = (version, time.monotonic())
             raise
         self._refused = None
         return path, engine
