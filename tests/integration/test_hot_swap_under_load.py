@@ -1,33 +1,30 @@
 """A real gunicorn, hammered while its champion changes: no failed request, and no reply of two models at once."""
 
-import io
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
 from ml.serving.testing import FolderSource
 from tests.conftest import free_port, stop, wait_until
-from tests.tiny_models import always, make_onnx
+from tests.hammering import Tally, hammer, hammered
+from tests.tiny_models import PIXELS, always, make_onnx
 
 CLASS_OF = {1: 2, 2: 5, 3: 7, 4: 0, 5: 9}
 """What each version answers to every image."""
 
 
-@dataclass
-class Tally:
-    replies: list[tuple[int, int, float]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+@pytest.fixture
+def app():
+    return "deploy.server.testing:app_of"
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, app):
     folder = tmp_path / "registry"
     folder.mkdir()
     for version, class_id in CLASS_OF.items():
@@ -38,7 +35,7 @@ def server(tmp_path):
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "8"),
-                *("--no-control-socket", "--bind", f"127.0.0.1:{port}", f'deploy.server.testing:app_of("{folder}")'),
+                *("--no-control-socket", "--bind", f"127.0.0.1:{port}", f'{app}("{folder}")'),
             ],
             process_group=0,
             stdout=log,
@@ -59,36 +56,10 @@ def server(tmp_path):
         stop(process)
 
 
-def body():
-    stream = io.BytesIO()
-    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def hammer(url, tally, ending):
-    image = body()
-    with httpx.Client(base_url=url, timeout=20) as client:
-        while not ending.is_set():
-            try:
-                reply = client.post("/v1/predict", content=image, headers={"Content-Type": "image/png"})
-            except httpx.TransportError as error:
-                tally.failures.append(repr(error))
-                continue
-            if reply.status_code != 200:
-                tally.failures.append(reply.text)
-                continue
-            (prediction,) = reply.json()["predictions"]
-            tally.replies.append((reply.json()["model"]["version"], prediction["class_id"], prediction["probability"]))
-
-
 def test_champions_change_under_load_without_a_failed_request(server, tmp_path):
     _, url = server
     source = FolderSource(tmp_path / "registry")
-    tally, ending = Tally(), threading.Event()
-    threads = [threading.Thread(target=hammer, args=(url, tally, ending)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    try:
+    with hammered(url, callers=6) as tally:
         for version in (2, 3, 4, 5, 1):
             seen = len(tally.replies)
             wait_until(lambda seen=seen: len(tally.replies) > seen + 30, seconds=30, what="traffic")
@@ -98,10 +69,6 @@ def test_champions_change_under_load_without_a_failed_request(server, tmp_path):
                 seconds=30,
                 what=f"version {version}",
             )
-    finally:
-        ending.set()
-        for thread in threads:
-            thread.join()
     assert tally.failures == []
     assert {version for version, _, _ in tally.replies} == set(CLASS_OF)
     for version, class_id, probability in tally.replies:
@@ -113,19 +80,13 @@ def test_champions_change_under_load_without_a_failed_request(server, tmp_path):
 
 def test_a_broken_champion_under_load_changes_nothing(server, tmp_path):
     _, url = server
-    tally, ending = Tally(), threading.Event()
-    thread = threading.Thread(target=hammer, args=(url, tally, ending))
-    thread.start()
-    try:
+    with hammered(url, callers=1) as tally:
         wait_until(lambda: len(tally.replies) > 20, seconds=30, what="traffic")
         (tmp_path / "6.onnx").write_bytes(b"broken")
         FolderSource(tmp_path / "registry").crown(tmp_path / "6.onnx", 6)
         wait_until(lambda: httpx.get(f"{url}/v1/model").json()["failed_swaps"] == 1, seconds=30, what="the failed swap")
         answered = len(tally.replies)
         wait_until(lambda: len(tally.replies) > answered + 20, seconds=30, what="traffic after it")
-    finally:
-        ending.set()
-        thread.join()
     assert tally.failures == []
     assert {version for version, _, _ in tally.replies} == {1}
 
@@ -142,3 +103,35 @@ def test_a_server_told_to_end_answers_what_it_has_begun(server):
     thread.join()
     # A new connection is refused once it is gone; what is not allowed is a reply cut short or an error page.
     assert all("Connect" in failure or "disconnected" in failure for failure in tally.failures)
+
+
+@pytest.mark.parametrize("app", ["tests.slow_app:app_of"])
+def test_a_challenger_under_load_costs_nobody_an_answer(server, tmp_path):
+    """One that fails on every image, one that is slower than the traffic, then a good one as a canary."""
+    _, url = server
+    source = FolderSource(tmp_path / "registry")
+
+    def seen(what):
+        return (httpx.get(f"{url}/v1/model").json()["challenger"] or {}).get(what, 0)
+
+    with hammered(url, callers=6) as tally:
+        # Its warm-up, a blank image, goes well; anything brighter overflows.
+        source.name_challenger(make_onnx(tmp_path / "broken.onnx", weights=np.full((PIXELS, 10), 3e38)), 8)
+        source.send(8, "mirror", 1)
+        wait_until(lambda: seen("failed") > 100, seconds=30, what="failures")
+        source.name_challenger(make_onnx(tmp_path / "slow.onnx", **always(8)), 9)
+        source.send(9, "mirror", 1)
+        wait_until(lambda: seen("dropped") > 100 and seen("mirrored") > 1, seconds=60, what="a full queue")
+        assert {version for version, _, _ in tally.replies} == {1}
+        source.name_challenger(tmp_path / "2.onnx", 2)
+        source.send(2, "canary", 0.5)
+        wait_until(lambda: seen("answered") > 50, seconds=30, what="answers of the canary")
+        source.end_traffic()
+        wait_until(lambda: seen("version") == 0, seconds=30, what="the end of the traffic")
+        answered = len(tally.replies)
+        wait_until(lambda: len(tally.replies) > answered + 50, seconds=30, what="traffic after it")
+    assert tally.failures == []
+    assert {version for version, _, _ in tally.replies} == {1, 2}
+    assert {version for version, _, _ in tally.replies[-30:]} == {1}
+    assert all(class_id == CLASS_OF[version] for version, class_id, _ in tally.replies)
+    assert httpx.get(f"{url}/v1/model").json()["failed_swaps"] == 0

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import httpx
 import numpy as np
@@ -14,9 +16,13 @@ import pytest
 from PIL import Image
 
 from ml.database import transaction
+from ml.monitoring.shadow_log import read_shadow
+from ml.registry import traffic
 from ml.registry.versions import Registry
 from ml.settings import PROJECT_ROOT
+from ml.traffic import Traffic
 from tests.conftest import free_port, stop, wait_until
+from tests.hammering import hammered
 from tests.tiny_models import always, make_onnx
 from tests.tiny_versions import empty_registry, register_tiny, small_dataset, take_alias
 
@@ -126,6 +132,47 @@ def test_it_follows_the_alias_in_a_real_registry(tmp_path, settings, mlflow_uri,
         assert said() == 9  # nobody else is champion: it goes on
     fetched = sorted(p.name for p in (tmp_path / "var" / "cache" / "models").rglob("*") if p.is_file())
     assert fetched == ["model.onnx", "model.onnx"]  # neither Keras files nor references
+
+
+def test_a_rollback_under_load_is_answered_within_ten_seconds_and_every_mirrored_request_is_kept(
+    tmp_path, settings, mlflow_uri, database_url
+):
+    here = settings.model_copy(update={"mlflow_tracking_uri": mlflow_uri})
+    empty_registry(mlflow_uri)
+    dataset = small_dataset(here)
+    previous, champion, challenger = [
+        register_tiny(here, dataset, tmp_path / str(class_id), model=always(class_id)).version for class_id in (1, 2, 3)
+    ]
+    registry, began = Registry(mlflow_uri), datetime.now(UTC)
+    registry.set_alias("champion", champion)
+    with serving(tmp_path, database_url, MLFLOW_TRACKING_URI=mlflow_uri) as (process, url, _):
+
+        def model():
+            return httpx.get(f"{url}/v1/model").json()
+
+        def figure(name):
+            lines = httpx.get(f"{url}/metrics").text.splitlines()
+            return next(float(line.split()[-1]) for line in lines if line.startswith(f"cifar10_{name} "))
+
+        with hammered(url, callers=4) as tally:
+            traffic.write(registry, Traffic(challenger, "mirror", 1, since=began))
+            wait_until(lambda: (model()["challenger"] or {}).get("mirrored", 0) > 100, seconds=30, what="mirroring")
+            moved = time.monotonic()
+            registry.set_alias("champion", previous)
+            wait_until(lambda: tally.replies[-1][0] == previous, seconds=30, what="the previous champion")
+            traffic.clear(registry)
+            wait_until(lambda: model()["challenger"] is None, seconds=30, what="the end of the traffic")
+            wait_until(lambda: figure("mirror_queued_images") == 0, seconds=30, what="an empty queue")
+        mirrored = figure(f'challenger_mirrored_images_total{{version="{challenger}"}}')
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert 0 < tally.first[previous] - moved < 10
+    assert tally.failures == []
+    assert {(version, class_id) for version, class_id, _ in tally.replies} == {(champion, 2), (previous, 1)}
+    shadows = [read_shadow(database_url, answering, challenger, began) for answering in (champion, previous)]
+    assert shadows[0].n > 100
+    assert sum(shadow.n for shadow in shadows) == sum(shadow.disagreements for shadow in shadows)
+    assert sum(shadow.n for shadow in shadows) == mirrored
 
 
 @pytest.mark.parametrize(

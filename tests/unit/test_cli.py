@@ -128,8 +128,9 @@ def test_without_a_stack_status_says_down_and_down_is_no_error(cifar10):
     assert json.loads(cifar10("down", "--json").stdout) == {"stopped": False, "swept": 0}
 
 
-def test_the_registry_away_is_could_not_ask(cifar10):
-    done = cifar10("rollback", "--json")
+@pytest.mark.parametrize("arguments", [["rollback"], ["challenge"], ["challenge", "2", "--mirror", "1"]], ids=" ".join)
+def test_the_registry_away_is_could_not_ask(cifar10, arguments):
+    done = cifar10(*arguments, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["type"] == "RegistryUnavailable"
 
