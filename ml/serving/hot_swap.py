@@ -243,11 +243,12 @@ class ChampionFollower:
             return
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the challenger, the champion is followed
             # Traffic by an order that cannot be read would be a guess.
-            self._let_challenger_go()
+            self._drop_challenger()
             self._challenger_fails(error, Challenger(None, None, None), "The challenger's traffic cannot be read.")
             return
         if found is None or not self._is_meant_for(*found):
-            self._let_challenger_go()
+            self._drop_challenger()
+            self._set_challenger(None)
         else:
             self._challenge(*found)
 
@@ -264,10 +265,10 @@ class ChampionFollower:
                 self._set_challenger(Challenger(traffic, held.model, None))
                 _tell(traffic)
         elif self._challengers.was_refused(challenger):
-            self._let_challenger_go()
+            self._drop_challenger()
             self._set_challenger(Challenger(traffic, None, self._refusal))
         else:
-            self._let_challenger_go()
+            self._drop_challenger()
             self._load_challenger(challenger, traffic)
 
     def _load_challenger(self, challenger: Champion, traffic: Traffic) -> None:
@@ -282,11 +283,11 @@ class ChampionFollower:
         self._set_challenger(Challenger(traffic, _loaded(challenger, engine, CHALLENGER_ALIAS), None))
         _tell(traffic)
 
-    def _let_challenger_go(self) -> None:
+    def _drop_challenger(self) -> None:
+        """Forgets who it was; what the state says of it is set apart, in one step."""
         if self._challenging is not None:
             logger.info("Version %d gets no traffic as the challenger any more.", self._challenging.version)
         self._challenging = None
-        self._set_challenger(None)
 
     def _set_challenger(self, challenger: Challenger | None) -> None:
         self._state = replace(self._state, challenger=challenger)
@@ -335,7 +336,8 @@ class ChampionFollower:
     def _take(self, champion: Champion, engine: Predictor) -> None:
         before, model = self._state.model, _loaded(champion, engine, ALIAS)
         if self._challenging is not None and self._challenging.identity == champion.identity:
-            self._let_challenger_go()  # it has become the champion
+            self._drop_challenger()  # it has become the champion
+            self._set_challenger(None)
         self._serving = champion
         self._state = replace(self._state, model=model, failure=None, swaps=self._state.swaps + 1)
         instead = f", instead of version {before.version}" if before else ""
