@@ -227,6 +227,9 @@ def test_a_path_of_the_host_is_refused_and_the_one_it_is_mounted_at_is_named(cap
         for volume in service.get("volumes", [])
         if isinstance(volume, dict)
     }
+    # The gate's policy is mounted wherever it lies: there is no setting beside it to get wrong.
+    assert binds.pop("/opt/cifar10/policies/gate.toml") == "${GATE_POLICY_FILE:-./policies/gate.toml}"
+    assert (ROOT / "policies/gate.toml").is_file()
     assert binds == {path: f"${{{variable}:-/dev/null}}" for variable, path in preflight.MOUNTED.values()}
     for name, (variable, path) in preflight.MOUNTED.items():
         assert re.fullmatch(rf"\$\{{{name}:-\w+\}}", SERVICES["preflight"]["environment"][name])
@@ -310,7 +313,7 @@ def test_the_build_context_is_a_list_of_what_is_copied():
     patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert patterns[0] == "*"
     allowed = {pattern[1:].split("/")[0] for pattern in patterns if pattern.startswith("!")}
-    assert allowed == {"requirements", "ml", "dags", "plugins", "recipes", "deploy"}
+    assert allowed == {"requirements", "ml", "dags", "plugins", "recipes", "policies", "deploy"}
 
 
 # --- documentation ----------------------------------------------------------------------------------------------------
