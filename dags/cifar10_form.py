@@ -29,6 +29,13 @@ NEW_LINEAGE = Param(
     title="New lineage",
     description="Let a model of this dataset replace a champion that was trained on another one.",
 )
+AFTER_SHADOW = Param(
+    None,
+    type=["null", "integer"],
+    minimum=1,
+    title="After shadow",
+    description="Move the alias only after so many live images were mirrored to the winner. Empty: at once.",
+)
 
 WEIGHTS = Param(
     None,
@@ -51,3 +58,11 @@ SOURCE = Param(
 RETRAINING_ID = Param(
     None, type=["null", "integer"], title="Retraining", description="The monitor sets it; leave it empty."
 )
+
+PROMOTION = {
+    "dataset_id": DATASET_ID,
+    "test_limit": TEST_LIMIT,
+    "new_lineage": NEW_LINEAGE,
+    "after_shadow": AFTER_SHADOW,
+}
+"""What a promotion is asked for: by the form, or by what triggers it."""

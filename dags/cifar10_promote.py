@@ -1,8 +1,9 @@
 """### Promote the best model
 
-Chooses among the candidates of one dataset by validation accuracy, scores that one and the champion on the same test
-images, and moves the alias `champion` only where the candidate is better. The reason and the figures stand on the
-version in MLflow. The prediction server follows the alias.
+Checks each candidate by itself (in a fresh process, on the test images, under corruption), chooses among those of one
+dataset by validation accuracy, compares that one with the champion on the same test images, and moves the alias
+`champion` only where it is better. The report stands on the version in MLflow (the task's link "Gate report"). The
+prediction server follows the alias.
 """
 
 from datetime import timedelta
@@ -12,14 +13,8 @@ from airflow.sdk import dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
 from dags import cifar10_form as form
-from dags.cifar10_shared import (
-    BASELINE_CANDIDATE,
-    TASK_DEFAULTS,
-    VGG16_CANDIDATE,
-    attempt,
-    request_of,
-    retrainings_of,
-)
+from dags.cifar10_links import GateReport
+from dags.cifar10_shared import BASELINE_CANDIDATE, TASK_DEFAULTS, VGG16_CANDIDATE, attempt, request_of, retrainings_of
 
 
 @dag(
@@ -29,7 +24,7 @@ from dags.cifar10_shared import (
     doc_md=__doc__,
     tags=["cifar10", "gate"],
     default_args=TASK_DEFAULTS,
-    params={"dataset_id": form.DATASET_ID, "test_limit": form.TEST_LIMIT, "new_lineage": form.NEW_LINEAGE},
+    params=form.PROMOTION,
 )
 def cifar10_promote() -> None:
     @task(execution_timeout=timedelta(minutes=60))
@@ -38,14 +33,15 @@ def cifar10_promote() -> None:
         from ml.workflows.promote import promote as workflow
 
         settings, request = load_settings(), request_of(context)
-        names = ("dataset_id", "test_limit", "new_lineage")
-        return attempt(lambda: workflow(settings, **{name: request[name] for name in names if name in request}))
+        return attempt(
+            lambda: workflow(settings, **{name: request[name] for name in form.PROMOTION if name in request})
+        )
 
     @task
     def close_retrainings(**context: Any) -> None:
         from ml.settings import load_settings
         from ml.workflows.monitor import finish_retraining
-        from ml.workflows.promote import verdict_of
+        from ml.workflows.verdicts import verdict_of
 
         def work() -> None:
             settings = load_settings()
@@ -70,6 +66,7 @@ def cifar10_promote() -> None:
         raise AirflowFailException("The gate failed; see the tasks before this one.")
 
     judged, closed = promote(), close_retrainings()
+    judged.operator.operator_extra_links = (GateReport(),)
     judged >> closed
     [judged, closed] >> close_failed_retrainings()
 

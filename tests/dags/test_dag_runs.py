@@ -204,6 +204,33 @@ def test_with_nothing_to_judge_the_gate_says_so(dag_bag, in_a_folder_of_its_own)
     }
 
 
+def test_the_gates_task_passes_on_what_was_asked_and_links_to_the_report_of_what_it_promoted(
+    dag_bag, in_a_folder_of_its_own, monkeypatch
+):
+    asked = {}
+
+    def promote(settings, **request):
+        asked.update(request)
+        judged = [("refused", 9), ("promoted", 7), ("refused", 8)]
+        return {
+            "candidates": [
+                {"decision": decision, "version": version, "report": f"http://mlflow/#/{version}"}
+                for decision, version in judged
+            ]
+        }
+
+    monkeypatch.setattr("ml.workflows.promote.promote", promote)
+    run = dag_bag.dags["cifar10_promote"].test(run_conf={"after_shadow": 500, "test_limit": 1000})
+    assert run.state == "success"
+    assert asked == {"after_shadow": 500, "test_limit": 1000}
+    assert extra_link(run, "promote", "Gate report") == "http://mlflow/#/7"
+
+
+def extra_link(run, task_id, name):
+    """Where the button of this name leads, as the API server answers the UI."""
+    return run.dag.get_task(task_id).get_extra_links(run.get_task_instance(task_id), name)
+
+
 def announce(monkeypatch, **extra):
     """Makes the next run of the gate one that this candidate's event triggered."""
     candidate = SimpleNamespace(timestamp=1, extra=extra)
@@ -218,7 +245,7 @@ def test_the_gates_verdict_on_its_candidate_closes_a_retraining(
     # The gate ran before and was cut off: there is nothing left to judge, and the verdict stands on the version.
     monkeypatch.setattr("ml.workflows.promote.promote", lambda *_, **__: {"reason": "Nothing to judge"})
     verdicts = {7: {"decision": decision, "reason": "for a reason"}}
-    monkeypatch.setattr("ml.workflows.promote.verdict_of", lambda _, version: verdicts[version])
+    monkeypatch.setattr("ml.workflows.verdicts.verdict_of", lambda _, version: verdicts[version])
     assert dag_bag.dags["cifar10_promote"].test().state == "success"
     assert retraining_row() == (False, True, f"{decision}: for a reason")
 
