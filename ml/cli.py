@@ -293,35 +293,62 @@ def inspect(
 
 
 def _print_inspection(found: dict[str, Any]) -> None:
-    console = Console()
-    table = Table("check", "", "figure", "bound", "found")
-    for check in found["checks"]:
-        figures = ["" if check[key] is None else f"{check[key]:.3g} {check['unit']}" for key in ("figure", "bound")]
-        verdict = "[green]holds[/]" if check["holds"] else "[bold red]FAILS[/]"
-        table.add_row(check["name"], verdict, *figures, escape(check["says"]))
-    console.print(table)
+    _print_checks(found["checks"])
     failed = sum(not check["holds"] for check in found["checks"])
     says = f"{failed} of {len(found['checks'])} checks failed" if failed else "every check holds"
-    console.print(f"Version {found['version']}: {says} ({found['seconds']} s).", highlight=False)
+    Console().print(f"Version {found['version']}: {says} ({found['seconds']} s).", highlight=False)
+
+
+def _print_checks(checks: list[dict[str, Any]]) -> None:
+    table = Table("", "check", "found and wanted")
+    for check in checks:
+        verdict = "[green]holds[/]" if check["holds"] else "[bold red]FAILS[/]"
+        table.add_row(verdict, check["name"], escape(check["says"]))
+    Console().print(table)
 
 
 @app.command()
 def promote(
+    *,
     dataset: DatasetId = None,
     test_limit: Annotated[int | None, typer.Option(min=1, help="Judge on so many test images instead of all.")] = None,
     new_lineage: Annotated[
         bool, typer.Option(help="Accept a champion's replacement by a model of another dataset.")
     ] = False,
+    after_shadow: Annotated[
+        int | None,
+        typer.Option(min=1, help="Move the alias only after so many live images were mirrored to the winner."),
+    ] = None,
+    shadow_minutes: Annotated[float, typer.Option(min=0, help="For how long to wait for them at most.")] = 30,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the candidates against the champion on the same test images; move the alias where one is better."""
+    """Judge the candidates, alone and against the champion on the same images; move the alias where one is better."""
 
     def work(settings: Settings) -> dict[str, Any]:
         from ml.workflows.promote import promote as workflow
 
-        return workflow(settings, dataset_id=dataset, test_limit=test_limit, new_lineage=new_lineage)
+        return workflow(
+            settings,
+            dataset_id=dataset,
+            test_limit=test_limit,
+            new_lineage=new_lineage,
+            after_shadow=after_shadow,
+            shadow_wait_seconds=shadow_minutes * 60,
+        )
 
-    _run(work, as_json=as_json)
+    _run(work, as_json=as_json, show=_print_promotion)
+
+
+def _print_promotion(result: dict[str, Any]) -> None:
+    console = Console()
+    console.print("[bold green]promoted[/]" if result["promoted"] else "[bold]nothing moved[/]")
+    console.print(result["reason"], markup=False, highlight=False)
+    pages = {candidate["version"]: candidate["report"] for candidate in result["candidates"]}
+    for report in result["reports"]:
+        version = report["candidate"]["version"]
+        console.print(f"\nversion {version}: {report['outcome']}", markup=False)
+        _print_checks(report["checks"])
+        console.print(f"report: {pages[version]}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -329,7 +356,7 @@ def rollback(as_json: AsJson = False) -> None:
     """Make the previous champion the champion again."""
 
     def work(settings: Settings) -> dict[str, Any]:
-        from ml.workflows.promote import rollback as workflow
+        from ml.workflows.rollback import rollback as workflow
 
         return workflow(settings)
 

@@ -75,3 +75,14 @@ def nearest_mean(images: np.ndarray, labels: np.ndarray, *, sharpness: float = 0
     flat = images.reshape(len(images), PIXELS).astype(np.float64) / 255
     means = np.stack([flat[labels == k].mean(axis=0) if (labels == k).any() else np.zeros(PIXELS) for k in range(10)])
     return {"weights": sharpness * 2 * means.T, "bias": -sharpness * (means**2).sum(axis=1)}
+
+
+def answering(images: np.ndarray, answers: np.ndarray, *, sharpness: float = 8.0) -> dict[str, np.ndarray]:
+    """Weights and bias of the linear classifier that takes each of these images for the class that `answers` says.
+
+    `images` is uint8 (n, 32, 32, 3), all different, n well below 3072; `answers` int (n,). The smallest weights that
+    fit exactly; what they say of other images means nothing.
+    """
+    flat = images.reshape(len(images), PIXELS).astype(np.float64) / 255
+    fitted = np.linalg.lstsq(flat, np.eye(10)[answers], rcond=None)[0]
+    return {"weights": sharpness * fitted, "bias": np.zeros(10)}

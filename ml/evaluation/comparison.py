@@ -57,6 +57,8 @@ class Comparison:
     """Exact McNemar, two-sided."""
     smallest_seen: float
     """The smallest true difference that this test finds at this n and disagreement, with the power asked for."""
+    differing: float
+    """Share of the images that the two take for different classes, rightly or wrongly."""
     classes: tuple[ClassComparison, ...]
     calibration_error: Difference
     corrupted_accuracy: Difference | None
@@ -97,7 +99,9 @@ def compare(
     mine, theirs = candidate.argmax(axis=1) == labels, champion.argmax(axis=1) == labels
     pairs = _paired(mine, theirs)
     of_classes = [
-        (name, _paired(mine[labels == i], theirs[labels == i])) for i, name in enumerate(CLASS_NAMES) if (labels == i).any()
+        (name, _paired(mine[here], theirs[here]))
+        for name, here in ((name, labels == i) for i, name in enumerate(CLASS_NAMES))
+        if here.any()
     ]
     fallen = holm(np.array([fallen_by_more_than(class_margin, each) for _, each in of_classes]))
     return Comparison(
@@ -106,6 +110,7 @@ def compare(
         accuracy=Difference(pairs.difference, *difference_interval(pairs)),
         p_value=mcnemar(pairs),
         smallest_seen=smallest_seen(pairs.n, pairs.disagreement, level, power),
+        differing=float((candidate.argmax(axis=1) != champion.argmax(axis=1)).mean()),
         classes=tuple(
             ClassComparison(name, each, Difference(each.difference, *difference_interval(each)), float(p))
             for (name, each), p in zip(of_classes, fallen, strict=True)

@@ -1,6 +1,7 @@
 """The gate: decides from figures alone which version may serve. Asks nobody and changes nothing.
 
-Measuring is `ml.workflows.promote`'s, and so is carrying the decision out; the bounds are a `GatePolicy`'s. The rules:
+Measuring is `ml.workflows.judging`'s, carrying the decision out `ml.workflows.promote`'s; the bounds are a
+`GatePolicy`'s. The rules:
 
 1. Every candidate must pass the mechanical and the absolute checks. A figure that is missing, impossible or NaN passes
    none.
@@ -12,16 +13,18 @@ Measuring is `ml.workflows.promote`'s, and so is carrying the decision out; the 
 4. With no champion, rule 1 alone decides.
 5. A champion that could not be measured, or that belongs to another dataset, leaves the candidates waiting: they were
    not judged.
+6. Where a promotion is to wait for mirrored requests, what was seen on them may still refuse the winner.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ml.evaluation.comparison import Comparison, Difference
 from ml.evaluation.gate_policy import GatePolicy
 from ml.evaluation.measurement import Measurement
+from ml.evaluation.metrics import wilson_interval
 
 Outcome = Literal["promoted", "refused", "pending"]
 Group = Literal["mechanical", "absolute", "champion", "shadow"]
@@ -44,18 +47,23 @@ class Check:
     unit: str = ""
 
 
-def at_least(name: str, group: Group, figure: float, low: float, high: float, bound: float) -> Check:
-    """Holds where the whole interval lies at or above the bound."""
-    holds = all(map(math.isfinite, (figure, low, high))) and low >= bound
-    says = f"{figure:.4f} [{low:.4f}, {high:.4f}], at least {bound:g} wanted"
-    return Check(name, group, holds, says, figure, low, high, bound)
+def at_least(name: str, figure: float, interval: tuple[float, float], bound: float) -> Check:
+    """An absolute check, which holds where the whole interval lies at or above the bound."""
+    return _bounded(name, figure, interval, bound, f"at least {bound:g} wanted", holds=interval[0] >= bound)
 
 
-def at_most(name: str, group: Group, figure: float, low: float, high: float, bound: float) -> Check:
-    """Holds where the whole interval lies at or below the bound."""
-    holds = all(map(math.isfinite, (figure, low, high))) and high <= bound
-    says = f"{figure:.4f} [{low:.4f}, {high:.4f}], at most {bound:g} wanted"
-    return Check(name, group, holds, says, figure, low, high, bound)
+def at_most(name: str, figure: float, interval: tuple[float, float], bound: float) -> Check:
+    """An absolute check, which holds where the whole interval lies at or below the bound."""
+    return _bounded(name, figure, interval, bound, f"at most {bound:g} wanted", holds=interval[1] <= bound)
+
+
+def _bounded(
+    name: str, figure: float, interval: tuple[float, float], bound: float, wanted: str, *, holds: bool
+) -> Check:
+    low, high = interval
+    sound = all(map(math.isfinite, (figure, low, high)))
+    says = f"{figure:.4f} [{low:.4f}, {high:.4f}], {wanted}"
+    return Check(name, "absolute", holds and sound, says, figure, low, high, bound)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,21 @@ class Verdict:
     checks: tuple[Check, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ShadowSummary:
+    """What was seen of a candidate on live requests that the champion answered."""
+
+    n: int
+    """Images, at least 1."""
+    disagreements: int
+    """Of those that it answered: how many it takes for another class than the champion."""
+    failures: int
+    p95_ms: float
+    """Of its engine's time for one request; NaN where it answered none."""
+    champion_p95_ms: float
+    """Likewise, of the same requests."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """The version that is to serve from now on (None: nothing changes), why, and a verdict on every candidate."""
@@ -129,7 +152,7 @@ def decide(
     flaws = {item.version: _flaw(item) for item in ordered}
     sound = [item for item in ordered if flaws[item.version] is None]
     verdicts = {
-        item.version: Verdict(item.version, "refused", f"refused: {flaw}.", item.checks)
+        item.version: Verdict(item.version, "refused", f"{_named(item)} cannot be used: {flaw}.", item.checks)
         for item in ordered
         if (flaw := flaws[item.version]) is not None
     }
@@ -163,22 +186,20 @@ def decide(
 def absolute_checks(measured: Measurement, policy: GatePolicy) -> tuple[Check, ...]:
     """What is demanded of every candidate's figures, whoever serves."""
     bounds, found, corrupted = policy.absolute, measured.metrics, measured.robustness
-    checks = [
-        at_least("accuracy", "absolute", found.accuracy, found.accuracy_low, found.accuracy_high, bounds.accuracy),
-        at_most(
-            "calibration error",
-            "absolute",
-            found.calibration_error,
-            measured.calibration_low,
-            measured.calibration_high,
-            bounds.calibration_error,
+    calibration = (measured.calibration_low, measured.calibration_high)
+    name = "accuracy under corruption"
+    return (
+        at_least("accuracy", found.accuracy, (found.accuracy_low, found.accuracy_high), bounds.accuracy),
+        at_most("calibration error", found.calibration_error, calibration, bounds.calibration_error),
+        Check(name, "absolute", holds=False, says="was not measured", bound=bounds.corrupted_accuracy)
+        if corrupted is None
+        else at_least(
+            name,
+            corrupted.mean_accuracy,
+            (corrupted.mean_accuracy_low, corrupted.mean_accuracy_high),
+            bounds.corrupted_accuracy,
         ),
-    ]
-    mean = "accuracy under corruption"
-    if corrupted is None:
-        return (*checks, Check(mean, "absolute", holds=False, says="was not measured", bound=bounds.corrupted_accuracy))
-    figures = (corrupted.mean_accuracy, corrupted.mean_accuracy_low, corrupted.mean_accuracy_high)
-    return (*checks, at_least(mean, "absolute", *figures, bounds.corrupted_accuracy))
+    )
 
 
 def champion_checks(comparison: Comparison, policy: GatePolicy) -> tuple[Check, ...]:
@@ -223,6 +244,88 @@ def champion_checks(comparison: Comparison, policy: GatePolicy) -> tuple[Check, 
         if found is not None:
             checks.append(_not_shown_worse(name, found, margin, sign))
     return tuple(checks)
+
+
+def shadow_checks(seen: ShadowSummary, comparison: Comparison | None, policy: GatePolicy) -> tuple[Check, ...]:
+    """What is demanded of a candidate on mirrored requests.
+
+    Args:
+        seen: what happened on them.
+        comparison: with that champion on the test images; None where the two were not compared (a new lineage): then
+            there is no share of disagreement to be expected, and it is told without being bounded.
+        policy: the bounds.
+    """
+    bounds = policy.shadow
+    failed = seen.failures / seen.n
+    return (
+        Check(
+            "answers to mirrored requests",
+            "shadow",
+            holds=failed <= bounds.failures,
+            says=f"{seen.failures} of {seen.n} images failed, a share of at most {bounds.failures:g} wanted",
+            figure=failed,
+            bound=bounds.failures,
+        ),
+        _disagreement(seen, comparison, bounds.disagreement_margin),
+        Check(
+            "p95 latency on mirrored requests",
+            "shadow",
+            holds=seen.p95_ms <= bounds.p95_latency_ms,  # NaN does not
+            says=f"{seen.p95_ms:.1f} ms (the champion {seen.champion_p95_ms:.1f} ms on the same requests), at most "
+            f"{bounds.p95_latency_ms:g} ms wanted",
+            figure=seen.p95_ms,
+            bound=bounds.p95_latency_ms,
+            unit="ms",
+        ),
+    )
+
+
+def _disagreement(seen: ShadowSummary, comparison: Comparison | None, margin: float) -> Check:
+    name, answered = "disagreement on mirrored requests", seen.n - seen.failures
+    if answered == 0:
+        return Check(name, "shadow", holds=False, says="no image was answered")
+    share, (low, high) = seen.disagreements / answered, wilson_interval(seen.disagreements, answered)
+    found = f"{share:.4f} [{low:.4f}, {high:.4f}] of {answered} images"
+    if comparison is None:
+        says = f"{found}; not bounded, since the two were not compared on test images"
+        return Check(name, "shadow", holds=True, says=says, figure=share, low=low, high=high)
+    bound = comparison.differing + margin
+    return Check(
+        name,
+        "shadow",
+        holds=low <= bound,
+        says=f"{found}; not shown to exceed {bound:.4f} wanted: {comparison.differing:.4f} on the test images and "
+        f"{margin:g}",
+        figure=share,
+        low=low,
+        high=high,
+        bound=bound,
+    )
+
+
+def after_shadow(decision: Decision, checks: Sequence[Check]) -> Decision:
+    """The decision once its winner has been seen on mirrored requests: promoted, or refused by one of `checks`."""
+    failed = _failures(checks)
+    verdict = next(item for item in decision.verdicts if item.version == decision.promoted)
+    if failed is None:
+        reason = f"{verdict.reason} On mirrored requests: {'; '.join(f'{c.name}: {c.says}' for c in checks)}."
+        return _replaced(decision, replace(verdict, reason=reason, checks=verdict.checks + tuple(checks)))
+    reason = f"version {verdict.version} passed on the test images and failed on mirrored requests: {failed}."
+    refused = Verdict(verdict.version, "refused", reason, verdict.checks + tuple(checks))
+    return _replaced(decision, refused)
+
+
+def postponed(decision: Decision, why: str) -> Decision:
+    """The decision while its winner has not been seen on enough mirrored requests: it waits."""
+    verdict = next(item for item in decision.verdicts if item.version == decision.promoted)
+    return _replaced(decision, replace(verdict, outcome="pending", reason=f"{why} {verdict.reason}"))
+
+
+def _replaced(decision: Decision, verdict: Verdict) -> Decision:
+    """The winner's verdict is another one."""
+    others = {item.version: item for item in decision.verdicts}
+    promoted = verdict.version if verdict.outcome == "promoted" else None
+    return _decision(promoted, verdict.reason, others | {verdict.version: verdict})
 
 
 def _not_shown_worse(name: str, found: Difference, margin: float, sign: int) -> Check:

@@ -1,6 +1,6 @@
-"""What the gate demands: frozen, strict values, read from a TOML file (setting GATE_POLICY; the project's is `policies/gate.toml`).
+"""What the gate demands: frozen, strict values, read from a TOML file (setting GATE_POLICY; see `policies/gate.toml`).
 
-Owns the bounds. `ml.evaluation.gate` applies them; what they bound is measured by `ml.workflows.promote`.
+Owns the bounds. `ml.evaluation.gate` applies them; what they bound is measured by `ml.workflows.judging`.
 """
 
 from pathlib import Path
@@ -63,6 +63,20 @@ class AgainstChampion(BaseModel):
     """Nor may the calibration error be shown to have risen by more."""
 
 
+class Shadow(BaseModel):
+    """On mirrored requests, where a promotion waits for them."""
+
+    model_config = _STRICT
+
+    failures: Share
+    """Largest share of the mirrored images that the candidate may leave unanswered."""
+    disagreement_margin: Share
+    """By how much the share of images that the two take for different classes may be shown to exceed the share on the
+    test images: more of it means that live images are unlike those that the candidate was judged on."""
+    p95_latency_ms: float = Field(gt=0)
+    """Of the engine's answer to one request."""
+
+
 class GatePolicy(BaseModel):
     """All of it."""
 
@@ -71,6 +85,7 @@ class GatePolicy(BaseModel):
     mechanical: Mechanical
     absolute: Absolute
     champion: AgainstChampion
+    shadow: Shadow
 
 
 def load_policy(path: Path) -> GatePolicy:

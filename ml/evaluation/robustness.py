@@ -44,9 +44,9 @@ class Robustness:
     """Mean over the severities."""
     cells: dict[tuple[str, int], float]
     """By corruption and severity."""
-    accuracy_per_image: np.ndarray = field(repr=False, compare=False)
+    accuracy_per_image: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
     """float (n,): the share of the cells in which an image is right. The images stand in an order of their own, the
-    same for every model measured on them."""
+    same for every model measured on them. Empty where the figures were read back from a record, which has no images."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `cells` as {corruption: {severity as text: accuracy}}."""

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_ACCURACY = "validation_accuracy"
 LONGEST_DESCRIPTION = 5000
 """Characters that MLflow's database keeps of a version's description; PostgreSQL refuses more."""
 _MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
@@ -49,11 +48,6 @@ class ExportedFiles(Protocol):
     @property
     def onnx(self) -> Path:
         """The ONNX file: one input (n, 32, 32, 3), raw 0-255 RGB; one output (n, 10), probabilities."""
-
-
-def metric_tag(name: str) -> str:
-    """The tag of a version that holds a figure measured at its registration."""
-    return f"metric.{name}"
 
 
 def register(
@@ -115,7 +109,7 @@ def register(
             "recipe": str(recipe.get("name", "")),
             "git_sha": run.tags.get("git.sha", "unknown"),
             versions.TAG_DECISION: versions.PENDING,
-            **{metric_tag(name): repr(float(value)) for name, value in metrics.items()},
+            **{versions.metric_tag(name): repr(float(value)) for name, value in metrics.items()},
             **{versions.checksum_tag(name): file_digest(Path(path)) for name, path in staged.items()},
         }
         # A training that was cut off after this, and resumed, comes here a second time with the same model.
@@ -159,9 +153,9 @@ def _check(metrics: Mapping[str, float], files: Iterable[Path]) -> None:
     for path in files:
         if not path.is_file():
             raise ModelInvalid(f"A version needs the file {path}, which is not there.", fix=fix)
-    accuracy = metrics.get(VALIDATION_ACCURACY)
+    accuracy = metrics.get(versions.VALIDATION_ACCURACY)
     if accuracy is None or not 0 <= accuracy <= 1:
-        raise ModelInvalid(f"A version needs a {VALIDATION_ACCURACY} in 0-1, not {accuracy!r}.", fix=fix)
+        raise ModelInvalid(f"A version needs a {versions.VALIDATION_ACCURACY} in 0-1, not {accuracy!r}.", fix=fix)
 
 
 def _stage(sources: Mapping[str, Path], card: str, folder: Path) -> dict[str, str]:

@@ -51,7 +51,15 @@ TAG_LOGGED_MODEL = "logged_model"
 PENDING = "pending"
 """The decision on a version that waits for the gate; the others are `ml.evaluation.gate.Outcome`'s."""
 
+VALIDATION_ACCURACY = "validation_accuracy"
+"""The figure by which the gate chooses among candidates."""
+
 _OWN_FOLDERS = ("", "artifacts", "code")
+
+
+def metric_tag(name: str) -> str:
+    """The tag of a version that holds a figure measured at its registration."""
+    return f"metric.{name}"
 
 
 def checksum_tag(file: str) -> str:
@@ -94,6 +102,11 @@ class ModelVersion:
     def decision(self) -> str:
         """`pending`, `promoted` or `refused`; empty where the gate knows nothing of it."""
         return self.tags.get(TAG_DECISION, "")
+
+    @property
+    def validation_accuracy(self) -> float | None:
+        """As it was measured at the registration."""
+        return self.figure(metric_tag(VALIDATION_ACCURACY))
 
     def figure(self, tag: str) -> float | None:
         """A tag's value as a number; None where there is none or it is not a number."""

@@ -4,7 +4,6 @@ Owns the table's kinds and checks, the values at a space's edges, and how values
 values is `ml.training.study`'s business. Imports no TensorFlow, so that a bad space is refused at once.
 """
 
-import difflib
 import hashlib
 import itertools
 import json

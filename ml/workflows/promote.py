@@ -1,54 +1,48 @@
-"""Promotion and rollback: measures the candidates and the champion, asks the gate, and carries its decision out.
+"""Promotion: has the candidates judged and carries the gate's decision out.
 
-The decision itself is pure and lives in `ml.evaluation.gate`; moving the two aliases as one is
-`ml.registry.aliases`'s. Here: the order of things, so that a crash or an outage at any point leaves a state from
-which running it again ends right, and a lock, so that two promotions never judge at once.
+Measuring and deciding is `ml.workflows.judging`'s, moving the two aliases as one is `ml.registry.aliases`'s. Here: the
+order of things, so that a crash or an outage at any point leaves a state from which running it again ends right, and a
+lock, so that two promotions never judge at once. Back again is `ml.workflows.rollback`'s.
 
 What a promotion does, in order: finish a move that an earlier one left half-done; collect the candidates; measure
-everything on the same test images (through ONNX Runtime, from the registry's own files); decide; write reason and
-figures on the versions that were judged; move `previous`, then `champion`.
+everything on the same test images; decide; publish a report on each version that was judged; write reason and figures
+on it; move `previous`, then `champion`. Where it is to wait for mirrored requests, the lock is given back for that
+time (a rollback must not have to wait), and nothing is moved if champion or candidate are others afterwards.
 """
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
-import numpy as np
-import psycopg2
-
-from ml.database import connect
-from ml.datasets.manifest import Split
-from ml.datasets.store import load_split
-from ml.errors import DatabaseUnavailable, InputInvalid, ModelInvalid, ModelNotFound, RegistryError
-from ml.evaluation.gate import Contender, Decision, Measurement, Verdict, decide
-from ml.evaluation.metrics import evaluate
-from ml.registry import aliases
-from ml.registry.packaging import VALIDATION_ACCURACY, metric_tag
-from ml.registry.versions import (
-    CHAMPION,
-    ONNX_FILE,
-    PENDING,
-    PREVIOUS,
-    TAG_DECISION,
-    TAG_REASON,
-    ModelVersion,
-    Registry,
-)
-from ml.serving.engine import Engine
+from ml.evaluation import gate
+from ml.evaluation.gate import postponed, shadow_checks
+from ml.evaluation.gate_policy import load_policy
+from ml.evaluation.gate_report import GateReport, as_html, as_json
+from ml.monitoring.shadow_log import Shadow
+from ml.registry import aliases, traffic
+from ml.registry.versions import CHAMPION, PENDING, TAG_DECISION, TAG_REASON, ModelVersion, Registry
 from ml.settings import Settings
+from ml.workflows import shadowing
+from ml.workflows.inspect_version import inspect_in_fresh_process
+from ml.workflows.judging import Inspect, Judgement, judge, load_exam
+from ml.workflows.promotion_lock import LOCK_WAIT_SECONDS, alone
+from ml.workflows.verdicts import (
+    TAG_N,
+    TAG_REPORT,
+    TAG_TEST_ACCURACY,
+    TAG_TEST_LOSS,
+    TAG_TEST_PRECISION,
+    TAG_TEST_RECALL,
+    standing,
+    verdict,
+)
 
 logger = logging.getLogger(__name__)
 
-LOCK_KEY = 0x_C1FA_8010
-"""PostgreSQL's advisory locks are numbers; this one means: a promotion or rollback is under way."""
-LOCK_WAIT_SECONDS = 900.0
-TAG_ROLLBACK_REASON = "rollback.reason"
-TAG_N, TAG_TEST_ACCURACY = "gate.n", "gate.test_accuracy"
-TAG_TEST_PRECISION, TAG_TEST_RECALL, TAG_TEST_LOSS = "gate.test_precision", "gate.test_recall", "gate.test_loss"
-_CHUNK = 1000
-"""Images between two progress lines at most."""
+SHADOW_WAIT_SECONDS = 1800.0
 
 
 def promote(
@@ -56,34 +50,49 @@ def promote(
     dataset_id: str | None = None,
     test_limit: int | None = None,
     new_lineage: bool = False,
+    after_shadow: int | None = None,
     *,
+    shadow_wait_seconds: float = SHADOW_WAIT_SECONDS,
     lock_wait_seconds: float = LOCK_WAIT_SECONDS,
+    inspect: Inspect = inspect_in_fresh_process,
 ) -> dict[str, object]:
     """Judges the versions that wait for a verdict and, where the gate says so, makes one of them champion.
 
     Safe to repeat: where nothing waits, nothing changes and the answer says so.
 
     Args:
-        settings: where registry, datasets and database are.
+        settings: where registry, datasets, database and the gate's policy are.
         dataset_id: judge the candidates of this dataset; None: of the newest candidate's, which is logged.
         test_limit: measure on at most so many test images (a seeded, stratified choice); None: on all.
         new_lineage: let a candidate succeed a champion that was trained on another dataset.
+        after_shadow: move the alias only after so many images of live requests were mirrored to the winner and it did
+            well on them. Where there is no champion nobody's requests could be mirrored, and nothing is waited for.
+        shadow_wait_seconds: for how long to wait for them. When it is over, the winner stays a candidate and is
+            mirrored on: the next call goes on counting.
         lock_wait_seconds: how long to wait for a promotion that is under way.
+        inspect: gives a candidate's mechanical checks.
 
     Returns:
         {"promoted": bool, "reason": str, "dataset_id", "champion": {"name", "version", "architecture",
         "test_accuracy"} | None, "previous": likewise | None, "candidates": a `verdict_of` for each version that this
-        call judged, "n": test images}. After a call that was cut off, ask `verdict_of` for what became of a version:
-        the repetition finds nothing left to judge.
+        call judged, "reports": for each of them what `ml.evaluation.gate_report.as_json` gives, "n": test images}.
+        After a call that was cut off, ask `verdict_of` for what became of a version: the repetition finds nothing left
+        to judge.
 
     Raises:
         RegistryUnavailable, DatabaseUnavailable: could not ask; whatever was begun is finished by the next call.
         DatasetNotFound, DatasetInvalid, StorageError: the test images cannot be read; nothing has changed.
         RegistryError: another promotion held the lock for all of `lock_wait_seconds`.
+        ConfigurationError: the policy cannot be used, or mirrored images are wanted and no database is set.
     """
-    with _alone(settings, lock_wait_seconds) as still_alone:
+    policy = load_policy(settings.gate_policy)
+    if after_shadow is not None:
+        _ = settings.database_url  # refused before anything is judged
+    with alone(settings, lock_wait_seconds) as still_alone:
         registry = Registry(settings.tracking_uri)
         finished = aliases.finish(registry)
+        if finished is not None:
+            shadowing.end(registry, finished.champion)
         waiting = registry.versions(decision=PENDING)
         if dataset_id is None and waiting:
             dataset_id = waiting[0].dataset_id
@@ -91,218 +100,145 @@ def promote(
         candidates = [item for item in waiting if item.dataset_id == dataset_id]
         champion = registry.by_alias(CHAMPION)
         if not candidates:
-            return _nothing_to_judge(registry, dataset_id, finished)
+            return _nothing_to_judge(settings, registry, dataset_id, finished)
 
-        logger.info("Loading the test images of %s", dataset_id)
-        split = load_split(settings.data_url, str(dataset_id), "test", limit=test_limit)
-        measured = [_contender(registry, settings, item, split) for item in candidates]
-        rival = None if champion is None else _contender(registry, settings, champion, split, own=str(dataset_id))
-        decision = decide(measured, rival, new_lineage=new_lineage)
-        logger.info("%s", decision.reason)
-
-        still_alone()
-        _carry_out(registry, decision, measured, champion)
-        champions_accuracy = None if rival is None or rival.test is None else rival.test.accuracy
-        return {
-            "promoted": decision.promoted is not None,
-            "reason": decision.reason,
-            "dataset_id": dataset_id,
-            **_standing(registry, {champion.version: champions_accuracy} if champion else {}),
-            "candidates": [_verdict(registry.by_version(item.version)) for item in measured],
-            "n": len(split.labels),
-        }
-
-
-def verdict_of(settings: Settings, version: int) -> dict[str, object]:
-    """What the gate has made of a version so far, as it is written in the registry. Judges nothing.
-
-    Returns:
-        {"version": int, "architecture": str, "dataset_id": str, "decision": "pending" | "promoted" | "refused",
-        "reason": str (empty while nobody has looked at it), "validation_accuracy": float | None,
-        "test_accuracy", "precision", "recall", "loss": float | None, "n": int (test images it was measured on)}.
-        A figure that was not, or could not be, measured is None. The decision is empty for a version that was not
-        registered by `ml.registry.packaging`: the gate does not look at it.
-
-    Raises:
-        ModelNotFound: there is no version of that number.
-        RegistryUnavailable: could not ask.
-    """
-    return _verdict(Registry(settings.tracking_uri).by_version(version))
-
-
-def rollback(settings: Settings, *, lock_wait_seconds: float = LOCK_WAIT_SECONDS) -> dict[str, object]:
-    """Makes the previous champion champion again, and the present one previous.
-
-    Safe to repeat after an error: a rollback that was cut off is finished, and not followed by another one.
-
-    Returns:
-        {"rolled_back": True, "reason", "champion": {...}, "previous": {...}} as `promote` gives them.
-
-    Raises:
-        ModelNotFound: there is no previous champion; nothing has changed.
-        RegistryUnavailable, DatabaseUnavailable, RegistryError: as for `promote`.
-    """
-    with _alone(settings, lock_wait_seconds) as still_alone:
-        registry = Registry(settings.tracking_uri)
-        finished = aliases.finish(registry)
-        if finished is not None and (done := finished.evidence.get(finished.champion, {}).get(TAG_ROLLBACK_REASON)):
-            # This is what was asked for; once more would bring back the version that was to go.
-            logger.info("Finished a rollback that had been interrupted: %s", done)
-            return {"rolled_back": True, "reason": done, **_standing(registry, {})}
-        champion, previous = registry.by_alias(CHAMPION), registry.by_alias(PREVIOUS)
-        if previous is None or (champion is not None and previous.version == champion.version):
-            raise ModelNotFound(
-                f"{registry.name} has no previous champion to go back to.",
-                fix="promote a version with `cifar10 promote`; only a second champion leaves a previous one.",
-            )
-        left = "no champion" if champion is None else f"version {champion.version}"
-        reason = f"Rolled back from {left} to version {previous.version} ({previous.architecture})."
-        note = {TAG_ROLLBACK_REASON: reason, "rollback.at": _now()}
-        evidence: dict[int, Mapping[str, str]] = {previous.version: note}
-        if champion is not None:
-            evidence[champion.version] = note
-        still_alone()
-        aliases.carry_out(
+        exam = load_exam(settings, str(dataset_id), test_limit, policy)
+        judgement = judge(
             registry,
-            aliases.Move(
-                champion=previous.version,
-                previous=None if champion is None else champion.version,
-                before=None if champion is None else champion.version,
-                evidence=evidence,
-            ),
+            settings,
+            policy,
+            exam=exam,
+            candidates=candidates,
+            champion=champion,
+            new_lineage=new_lineage,
+            inspect=inspect,
         )
-        logger.info("%s", reason)
-        return {"rolled_back": True, "reason": reason, **_standing(registry, {})}
-
-
-@contextmanager
-def _alone(settings: Settings, wait_seconds: float) -> Iterator[Callable[[], None]]:
-    """Holds the promotion lock for the block; yields a check that it is still held.
-
-    The lock lives in the database's session: it ends with this process, however that ends.
-    """
-    if settings.mlops_database_url is None:
-        logger.warning("No database is set (MLOPS_DATABASE_URL): nothing keeps two promotions apart.")
-        yield lambda: None
-        return
-    connection = connect(settings.database_url)
-    try:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_try_advisory_lock(%s)", (LOCK_KEY,))
-            if not cursor.fetchone()[0]:
-                logger.info("Another promotion is under way: waiting for it, at most %.0f s", wait_seconds)
-                cursor.execute("SET lock_timeout = %s", (max(1, int(wait_seconds * 1000)),))
-                cursor.execute("SELECT pg_advisory_lock(%s)", (LOCK_KEY,))
-
-            def still_alone() -> None:
-                try:
-                    cursor.execute("SELECT 1")
-                except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-                    raise _lock_lost(error) from error
-
-            yield still_alone
-    except psycopg2.errors.LockNotAvailable as error:
-        raise RegistryError(
-            f"Another promotion or rollback has been under way for more than {wait_seconds:.0f} s.",
-            fix="see what it does (`cifar10 status`, the Airflow UI) and try again when it has ended.",
-        ) from error
-    except psycopg2.OperationalError as error:
-        raise _lock_lost(error) from error
-    finally:
-        connection.close()
-
-
-def _lock_lost(error: Exception) -> DatabaseUnavailable:
-    return DatabaseUnavailable(
-        f"PostgreSQL went away while it kept promotions apart: {str(error).strip()}.",
-        fix="nothing was moved; see that it runs and promote again.",
-    )
-
-
-def _contender(
-    registry: Registry, settings: Settings, version: ModelVersion, split: Split, own: str | None = None
-) -> Contender:
-    """What the gate needs to know of a version. `own`: measure it only if it is of this dataset."""
-    test, error = None, None
-    if own is None or version.dataset_id == own:
-        try:
-            test = _measure(registry, settings, version, split)
-        except (ModelInvalid, ModelNotFound, InputInvalid) as failure:
-            # InputInvalid: what it answers are no probabilities.
-            error = failure.message
-            logger.warning("Version %d cannot be measured: %s", version.version, failure)
-    return Contender(
-        version=version.version,
-        architecture=version.architecture,
-        dataset_id=version.dataset_id,
-        validation_accuracy=version.figure(metric_tag(VALIDATION_ACCURACY)),
-        test=test,
-        error=error,
-    )
-
-
-def _measure(registry: Registry, settings: Settings, version: ModelVersion, split: Split) -> Measurement:
-    folder = registry.fetch(version, settings.cache_dir, files=(ONNX_FILE,))
-    engine = Engine(folder / "artifacts" / ONNX_FILE)
-    n = len(split.labels)
-    parts = []
-    for start in range(0, n, _CHUNK):
-        logger.info("Version %d (%s): %d of %d test images", version.version, version.architecture, start, n)
-        parts.append(engine.predict(split.images[start : start + _CHUNK]))
-    metrics = evaluate(split.labels, np.concatenate(parts))
-    logger.info("Version %d: test accuracy %.4f on %d images", version.version, metrics.accuracy, n)
-    return Measurement(
-        n=metrics.n,
-        accuracy=metrics.accuracy,
-        precision=metrics.precision,
-        recall=metrics.recall,
-        loss=metrics.loss,
-    )
-
-
-def _carry_out(
-    registry: Registry, decision: Decision, measured: list[Contender], champion: ModelVersion | None
-) -> None:
-    by_version = {item.version: item for item in measured}
-    evidence = {
-        verdict.version: _evidence(verdict, by_version[verdict.version], champion) for verdict in decision.verdicts
+        still_alone()
+        mirroring = None
+        if after_shadow is not None and champion is not None and judgement.decision.promoted is not None:
+            mirroring = _begin_shadow(registry, judgement, champion, after_shadow, shadow_wait_seconds)
+            waits = postponed(judgement.decision, _waits(mirroring, 0))
+            _carry_out(registry, judgement.amended(waits), champion)
+        else:
+            _carry_out(registry, judgement, champion)
+    if mirroring is not None and champion is not None:
+        seen = shadowing.wait(settings, mirroring)
+        with alone(settings, lock_wait_seconds) as still_alone:
+            overtaken = _overtaken(registry, mirroring)
+            judgement = judgement.amended(_with_shadow(judgement, mirroring, seen, overtaken))
+            logger.info("%s", judgement.decision.reason)
+            still_alone()
+            if not overtaken:
+                _carry_out(registry, judgement.only(mirroring.challenger), champion)
+    return {
+        "promoted": judgement.decision.promoted is not None,
+        "reason": judgement.decision.reason,
+        "dataset_id": dataset_id,
+        **standing(registry, _champions_accuracy(judgement)),
+        "candidates": [verdict(settings, registry, registry.by_version(item.version)) for item in candidates],
+        "reports": [as_json(report) for report in judgement.reports],
+        "n": len(exam.clean.labels),
     }
-    for version, tags in evidence.items():
+
+
+def _begin_shadow(
+    registry: Registry, judgement: Judgement, champion: ModelVersion, images: int, seconds: float
+) -> shadowing.Mirroring:
+    winner = int(judgement.decision.promoted or 0)
+    since = shadowing.begin(registry, winner)
+    return shadowing.Mirroring(champion.version, winner, since, images, seconds)
+
+
+def _waits(mirroring: shadowing.Mirroring, seen: int) -> str:
+    return f"version {mirroring.challenger} has seen {seen} of {mirroring.images} mirrored images and waits for more."
+
+
+def _with_shadow(
+    judgement: Judgement, mirroring: shadowing.Mirroring, seen: Shadow, overtaken: str | None
+) -> gate.Decision:
+    """What becomes of the decision after the wait."""
+    if overtaken:
+        return postponed(judgement.decision, overtaken)
+    if seen.n < mirroring.images:
+        return postponed(judgement.decision, _waits(mirroring, seen.n))
+    winner = judgement.report_of(mirroring.challenger)
+    checks = shadow_checks(shadowing.summary(seen), winner.candidate.comparison, winner.policy)
+    return gate.after_shadow(judgement.decision, checks)
+
+
+def _overtaken(registry: Registry, mirroring: shadowing.Mirroring) -> str | None:
+    """Why what was decided before the wait no longer holds; None where it does."""
+    champion = registry.by_alias(CHAMPION)
+    if champion is None or champion.version != mirroring.champion:
+        return f"the champion is no longer version {mirroring.champion}, with which it was compared: promote again."
+    if registry.by_version(mirroring.challenger).decision != PENDING:
+        return f"version {mirroring.challenger} was judged elsewhere meanwhile."
+    under_way = traffic.read(registry)
+    if under_way is None or under_way.version != mirroring.challenger:
+        return f"the mirroring to version {mirroring.challenger} was ended by somebody: promote again."
+    return None
+
+
+def _carry_out(registry: Registry, judgement: Judgement, champion: ModelVersion | None) -> None:
+    """Publishes the reports, writes the evidence, moves the aliases where there is a winner."""
+    promoted = judgement.decision.promoted
+    tags: dict[int, Mapping[str, str]] = {}
+    for report in judgement.reports:
+        version = report.candidate.version
+        tags[version] = _evidence(report, _publish(registry, report))
         # The winner's evidence is part of the move: until that is written down, the winner stays a candidate.
-        if version != decision.promoted:
-            registry.set_tags(version, tags)
-    if decision.promoted is None:
+        if version != promoted:
+            registry.set_tags(version, tags[version])
+            if report.verdict.outcome == "refused":
+                shadowing.end(registry, version)
+    if promoted is None:
         return
     before = None if champion is None else champion.version
-    move = aliases.Move(decision.promoted, before, before, {decision.promoted: evidence[decision.promoted]})
-    aliases.carry_out(registry, move)
+    aliases.carry_out(registry, aliases.Move(promoted, before, before, {promoted: tags[promoted]}))
+    # Last: were it ended before the move and that cut short, what was mirrored so far would count for nothing.
+    shadowing.end(registry, promoted)
 
 
-def _evidence(verdict: Verdict, contender: Contender, champion: ModelVersion | None) -> dict[str, str]:
-    tags = {TAG_REASON: verdict.reason, "gate.at": _now()}
-    if champion is not None and champion.dataset_id == contender.dataset_id:
-        tags["gate.against"] = str(champion.version)
+def _publish(registry: Registry, report: GateReport) -> str:
+    """Puts a report beside the version's files; returns its path there.
+
+    A path of its own for each judgement: while the tags name an earlier one, that one must stand.
+    """
+    under = f"gate/{report.at:%Y%m%dT%H%M%S.%fZ}-{report.verdict.outcome}"
+    with tempfile.TemporaryDirectory(prefix="gate-") as folder:
+        (Path(folder) / "report.html").write_text(as_html(report), encoding="utf-8")
+        (Path(folder) / "report.json").write_text(json.dumps(as_json(report), indent=2), encoding="utf-8")
+        registry.attach(registry.by_version(report.candidate.version), Path(folder), under)
+    return f"{under}/report.html"
+
+
+def _evidence(report: GateReport, path: str) -> dict[str, str]:
+    """The tags that say what the gate made of a version, in the order in which they are to be written."""
+    tags = {TAG_REASON: report.verdict.reason, "gate.at": report.at.isoformat(timespec="seconds"), TAG_REPORT: path}
+    if report.champion is not None and report.champion.dataset_id == report.dataset_id:
+        tags["gate.against"] = str(report.champion.version)
     # Written without a measurement too: figures of an earlier look must not stand beside this reason.
-    test = contender.test or Measurement(0, math.nan, math.nan, math.nan, math.nan)
+    found = report.measured.metrics if report.measured else None
     tags |= {
-        TAG_N: str(test.n),
-        TAG_TEST_ACCURACY: repr(test.accuracy),
-        TAG_TEST_PRECISION: repr(test.precision),
-        TAG_TEST_RECALL: repr(test.recall),
-        TAG_TEST_LOSS: repr(test.loss),
+        TAG_N: str(found.n if found else 0),
+        TAG_TEST_ACCURACY: repr(found.accuracy if found else math.nan),
+        TAG_TEST_PRECISION: repr(found.precision if found else math.nan),
+        TAG_TEST_RECALL: repr(found.recall if found else math.nan),
+        TAG_TEST_LOSS: repr(found.loss if found else math.nan),
     }
     # Last: while this says pending, the version is a candidate, and the rest is written again.
-    return tags | {TAG_DECISION: verdict.outcome}
+    return tags | {TAG_DECISION: report.verdict.outcome}
 
 
-def _nothing_to_judge(registry: Registry, dataset_id: str | None, finished: aliases.Move | None) -> dict[str, object]:
+def _nothing_to_judge(
+    settings: Settings, registry: Registry, dataset_id: str | None, finished: aliases.Move | None
+) -> dict[str, object]:
     of_dataset = f" of dataset {dataset_id}" if dataset_id else ""
     reason = f"Nothing to judge: no version{of_dataset} waits for a verdict."
     promoted = finished is not None and TAG_DECISION in finished.evidence.get(finished.champion, {})
     candidates = []
     if finished is not None and promoted:
-        candidates = [_verdict(registry.by_version(finished.champion))]
+        candidates = [verdict(settings, registry, registry.by_version(finished.champion))]
         why = candidates[0]["reason"]
         reason = f"Finished a promotion that had been interrupted: {why}"
     logger.info("%s", reason)
@@ -310,49 +246,17 @@ def _nothing_to_judge(registry: Registry, dataset_id: str | None, finished: alia
         "promoted": promoted,
         "reason": reason,
         "dataset_id": dataset_id,
-        **_standing(registry, {}),
+        **standing(registry),
         "candidates": candidates,
+        "reports": [],
         "n": 0,
     }
 
 
-def _standing(registry: Registry, measured: Mapping[int, float | None]) -> dict[str, object]:
-    """Champion and previous as they stand now; accuracies just measured, else those written on the versions."""
-
-    def describe(version: ModelVersion | None) -> dict[str, object] | None:
-        if version is None:
-            return None
-        accuracy = measured.get(version.version)
-        return {
-            "name": version.name,
-            "version": version.version,
-            "architecture": version.architecture,
-            "test_accuracy": _finite(version.figure(TAG_TEST_ACCURACY) if accuracy is None else accuracy),
-        }
-
-    return {"champion": describe(registry.by_alias(CHAMPION)), "previous": describe(registry.by_alias(PREVIOUS))}
-
-
-def _verdict(version: ModelVersion) -> dict[str, object]:
+def _champions_accuracy(judgement: Judgement) -> dict[int, float]:
+    """As it was just measured, by the version of the champion that was compared with."""
     return {
-        "version": version.version,
-        "architecture": version.architecture,
-        "dataset_id": version.dataset_id,
-        "decision": version.decision,
-        "reason": version.tags.get(TAG_REASON, ""),
-        "validation_accuracy": _finite(version.figure(metric_tag(VALIDATION_ACCURACY))),
-        "test_accuracy": _finite(version.figure(TAG_TEST_ACCURACY)),
-        "precision": _finite(version.figure(TAG_TEST_PRECISION)),
-        "recall": _finite(version.figure(TAG_TEST_RECALL)),
-        "loss": _finite(version.figure(TAG_TEST_LOSS)),
-        "n": int(version.figure(TAG_N) or 0),
+        report.champion.version: report.champion_measured.metrics.accuracy
+        for report in judgement.reports
+        if report.champion is not None and report.champion_measured is not None
     }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,14 @@
 """Promotion and rollback, end to end: real MLflow, real PostgreSQL, real ONNX files, a small generated dataset."""
 
+import json
+import multiprocessing
+import os
+import signal
 import threading
-from collections.abc import Mapping
+import time
+from datetime import UTC, datetime
+from html import unescape
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -9,13 +16,58 @@ from pydantic import SecretStr
 
 from ml.database import connect
 from ml.datasets.store import load_split
-from ml.errors import DatabaseUnavailable, DatasetNotFound, ModelNotFound, RegistryError, RegistryUnavailable
+from ml.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    DatasetNotFound,
+    ModelNotFound,
+    RegistryError,
+    RegistryUnavailable,
+)
+from ml.evaluation import gate_report
+from ml.evaluation.gate import Check
+from ml.monitoring.shadow_log import ShadowLog
+from ml.registry import traffic
 from ml.registry.aliases import MOVE_TAG
 from ml.registry.versions import Registry
+from ml.settings import Settings
+from ml.traffic import Mirrored
+from ml.workflows import judging, promotion_lock
 from ml.workflows import promote as workflow
-from ml.workflows.promote import promote, rollback, verdict_of
-from tests.tiny_models import always, nearest_mean
+from ml.workflows.promote import promote
+from ml.workflows.rollback import rollback
+from ml.workflows.verdicts import verdict_of
+from tests.tiny_models import always, answering
 from tests.tiny_versions import empty_registry, register_tiny, small_dataset, take_alias
+
+POLICY = """
+[mechanical]
+agreement_images = 10
+agreement = 0.001
+p95_latency_ms = 1000.0
+size_mib = 10.0
+[absolute]
+accuracy = 0.05
+calibration_error = 1.0
+corrupted_accuracy = 0.0
+corrupted_images = 10
+[champion]
+level = 0.05
+power = 0.8
+class_margin = 0.05
+corrupted_margin = 1.0
+calibration_margin = 1.0
+[shadow]
+failures = 0.0
+disagreement_margin = 0.2
+p95_latency_ms = 50.0
+"""
+"""For models that know twenty images a class and nothing else."""
+
+
+def sound(settings, version):
+    """What a version that is in order answers to an inspection; the real one is tested in test_inspect_version.py."""
+    return (Check("loads", "mechanical", holds=True, says="it does"),)
 
 
 class Site:
@@ -28,13 +80,22 @@ class Site:
         self.test = load_split(settings.data_url, self.manifest.dataset_id, "test")
         self.registry = Registry(settings.tracking_uri)
 
-    @property
-    def good(self) -> Mapping[str, np.ndarray]:
-        """Knows its test images: above chance."""
-        return nearest_mean(self.test.images, self.test.labels)
+    def right(self, n, test=None):
+        """A model that has `n` of the 200 test images right, as many in each class."""
+        test = test or self.test
+        rank = np.empty(len(test.labels), dtype=int)
+        for label in range(10):
+            (here,) = np.nonzero(test.labels == label)
+            rank[here] = np.arange(len(here)) * 10 + label
+        return answering(test.images, np.where(rank < n, test.labels, (test.labels + 1) % 10))
 
     @property
-    def poor(self) -> Mapping[str, np.ndarray]:
+    def good(self):
+        """Has nine of ten test images right."""
+        return self.right(180)
+
+    @property
+    def poor(self):
         """One answer to everything: exactly chance."""
         return always(0)
 
@@ -43,7 +104,7 @@ class Site:
         return register_tiny(self.settings, manifest or self.manifest, work, model=model, **named).version
 
     def promote(self, **named):
-        return promote(self.settings, **named)
+        return promote(self.settings, inspect=sound, **named)
 
     def standing(self):
         found = {alias: self.registry.by_alias(alias) for alias in ("champion", "previous")}
@@ -51,10 +112,18 @@ class Site:
 
 
 @pytest.fixture
-def site(settings, mlflow_uri, tmp_path):
+def site(settings, mlflow_uri, tmp_path, monkeypatch):
     empty_registry(mlflow_uri)
     (tmp_path / "models").mkdir()
-    return Site(settings.model_copy(update={"mlflow_tracking_uri": mlflow_uri}), tmp_path / "models")
+    (tmp_path / "gate.toml").write_text(POLICY)
+    changes = {"mlflow_tracking_uri": mlflow_uri, "gate_policy": tmp_path / "gate.toml"}
+    # Drawing takes a second a report; `test_the_evidence_...` has it done.
+    monkeypatch.setattr(workflow, "as_html", _undrawn)
+    return Site(settings.model_copy(update=changes), tmp_path / "models")
+
+
+def _undrawn(report):
+    return f"<p>{report.verdict.reason}</p>"
 
 
 @pytest.fixture
@@ -73,10 +142,11 @@ def test_from_no_champion_to_a_better_one_and_back(site):
         "champion": None,
         "previous": None,
         "candidates": [],
+        "reports": [],
         "n": 0,
     }
 
-    first = site.add(nearest_mean(site.test.images[:100], site.test.labels[:100]), validation_accuracy=0.4)
+    first = site.add(site.right(120), validation_accuracy=0.4)
     result = site.promote()
     assert (result["promoted"], site.standing()) == (True, (first, None)), result["reason"]
     assert result["champion"]["version"] == first
@@ -92,7 +162,7 @@ def test_from_no_champion_to_a_better_one_and_back(site):
     result = site.promote()
     assert (result["promoted"], site.standing()) == (True, (second, first)), result["reason"]
     assert result["champion"]["architecture"] == "vgg16"
-    assert result["champion"]["test_accuracy"] > result["previous"]["test_accuracy"] > 0.1
+    assert (result["champion"]["test_accuracy"], result["previous"]["test_accuracy"]) == (0.9, 0.6)
     tags = site.registry.by_version(second).tags
     assert tags["gate.decision"] == "promoted"
     assert tags["gate.reason"] == result["reason"]
@@ -136,7 +206,7 @@ def test_the_verdict_on_a_version_can_be_read_at_any_time(site):
         "decision": "pending",
         "reason": "",
         "validation_accuracy": 0.5,
-        **dict.fromkeys(("test_accuracy", "precision", "recall", "loss")),
+        **dict.fromkeys(("test_accuracy", "precision", "recall", "loss", "report")),
         "n": 0,
     }
     (judged,) = site.promote()["candidates"]
@@ -185,7 +255,7 @@ def test_a_champion_of_another_dataset_is_succeeded_only_as_a_new_lineage(site):
     test = load_split(site.settings.data_url, other.dataset_id, "test")
     first = site.add(site.good)
     site.promote()
-    second = site.add(nearest_mean(test.images, test.labels), manifest=other)
+    second = site.add(site.right(150, test), manifest=other)
     result = site.promote()
     assert (result["promoted"], site.standing()) == (False, (first, None))
     assert "--new-lineage" in result["reason"]
@@ -223,12 +293,12 @@ def test_a_champion_that_cannot_be_measured_lets_candidates_wait(site):
 def test_could_not_ask_is_an_error_and_changes_nothing(site, settings):
     version = site.add(site.good)
     with pytest.raises(RegistryUnavailable):
-        promote(settings)  # nobody answers at that address
+        promote(settings, inspect=sound)  # nobody answers at that address
     with pytest.raises(DatasetNotFound):
-        promote(site.settings.model_copy(update={"mlops_data_url": (site.folder / "empty").as_uri()}))
+        promote(site.settings.model_copy(update={"mlops_data_url": (site.folder / "empty").as_uri()}), inspect=sound)
     away = site.settings.model_copy(update={"mlops_database_url": SecretStr("postgresql://x@127.0.0.1:9/x")})
     with pytest.raises(DatabaseUnavailable):
-        promote(away)
+        promote(away, inspect=sound)
     assert site.standing() == (None, None)
     assert site.registry.by_version(version).decision == "pending"
 
@@ -242,7 +312,7 @@ def test_rollback_without_a_previous_champion_says_so(site):
         rollback(site.settings)
 
 
-WRITES = ("set_tags", "set_alias", "set_model_tag", "delete_model_tag")
+WRITES = ("attach", "set_tags", "set_alias", "set_model_tag", "delete_model_tag")
 
 
 class Outage:
@@ -263,37 +333,6 @@ class Outage:
         return counted
 
 
-def test_a_promotion_cut_short_at_any_write_ends_right_when_run_again(site):
-    champion = site.add(nearest_mean(site.test.images[:100], site.test.labels[:100]))
-    site.promote()
-    loser = site.add(site.poor, validation_accuracy=0.1)
-    winner = site.add(site.good, validation_accuracy=0.9)
-    for passing in range(20):
-        with pytest.MonkeyPatch.context() as patch:
-            Outage(patch, passing)
-            try:
-                site.promote()
-            except RegistryUnavailable:
-                served = site.standing()[0]
-                assert served in (champion, winner)
-            else:
-                break  # as many writes as a whole promotion has
-        result = site.promote()
-        assert (result["promoted"], site.standing()) == (True, (winner, champion)), f"after {passing} writes"
-        assert site.registry.model_tag(MOVE_TAG) is None
-        verdicts = {version: verdict_of(site.settings, version) for version in (winner, loser)}
-        decisions = {version: verdict["decision"] for version, verdict in verdicts.items()}
-        assert decisions == {winner: "promoted", loser: "refused"}, f"after {passing} writes"
-        assert {verdict["n"] for verdict in verdicts.values()} == {200}
-        assert verdicts[winner] in result["candidates"]
-        # As it was before.
-        site.registry.set_alias("champion", champion)
-        take_alias(site.registry, "previous")
-        for version in (winner, loser):
-            site.registry.set_tags(version, {"gate.decision": "pending"})
-    assert passing == 6, "loser, move, winner, previous, champion, move struck out"
-
-
 def by_promotion(site):
     site.promote()
 
@@ -306,11 +345,11 @@ def by_rollback(site):
 
 @pytest.mark.parametrize("come_next", [by_promotion, by_rollback])
 def test_a_rollback_cut_short_at_any_write_is_finished_by_whatever_comes_next(site, come_next):
-    first = site.add(nearest_mean(site.test.images[:100], site.test.labels[:100]))
+    first = site.add(site.right(120))
     site.promote()
     second = site.add(site.good)
     site.promote()
-    for passing in range(0 if come_next is by_rollback else 1, 20):
+    for passing in range(0 if come_next is by_rollback else 2, 20):
         with pytest.MonkeyPatch.context() as patch:
             Outage(patch, passing)
             try:
@@ -323,7 +362,7 @@ def test_a_rollback_cut_short_at_any_write_is_finished_by_whatever_comes_next(si
         assert site.standing() == (first, second), f"after {passing} writes"
         site.registry.set_alias("champion", second)
         site.registry.set_alias("previous", first)
-    assert passing == 6, "move, two versions, previous, champion, move struck out"
+    assert passing == 7, "traffic ended, move, two versions, previous, champion, move struck out"
 
 
 def test_a_move_that_somebody_overtook_by_hand_is_dropped(site):
@@ -342,19 +381,19 @@ def test_a_move_that_somebody_overtook_by_hand_is_dropped(site):
 def test_of_two_promotions_at_once_the_second_waits_and_judges_afresh(locked_site, monkeypatch):
     site = locked_site
     version = site.add(site.good)
-    judging, go_on = threading.Event(), threading.Event()
-    measure = workflow._measure
+    measuring, go_on = threading.Event(), threading.Event()
+    measure = judging._measure
 
     def slowly(*arguments):
-        judging.set()
+        measuring.set()
         assert go_on.wait(60)
         return measure(*arguments)
 
-    monkeypatch.setattr(workflow, "_measure", slowly)
+    monkeypatch.setattr(judging, "_measure", slowly)
     results = {}
     threads = [threading.Thread(target=lambda k=k: results.update({k: site.promote()})) for k in ("first", "second")]
     threads[0].start()
-    assert judging.wait(60)
+    assert measuring.wait(60)
     threads[1].start()
     with pytest.raises(RegistryError, match="under way"):
         site.promote(lock_wait_seconds=0.2)
@@ -376,7 +415,7 @@ def test_the_lock_is_free_after_a_promotion_and_after_a_failed_one(locked_site, 
         site.promote()
     connection = connect(site.settings.database_url)
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_try_advisory_lock(%s)", (workflow.LOCK_KEY,))
+        cursor.execute("SELECT pg_try_advisory_lock(%s)", (promotion_lock.LOCK_KEY,))
         assert cursor.fetchone() == (True,)
     connection.close()
 
@@ -384,7 +423,7 @@ def test_the_lock_is_free_after_a_promotion_and_after_a_failed_one(locked_site, 
 def test_a_lock_that_is_lost_moves_nothing(locked_site, monkeypatch):
     site = locked_site
     version = site.add(site.good)
-    decide = workflow.decide
+    decide = judging.decide
 
     def cut_off(*arguments, **named):
         """What a restart of PostgreSQL does, after the measuring and before the moving."""
@@ -398,8 +437,257 @@ def test_a_lock_that_is_lost_moves_nothing(locked_site, monkeypatch):
         other.close()
         return decide(*arguments, **named)
 
-    monkeypatch.setattr(workflow, "decide", cut_off)
+    monkeypatch.setattr(judging, "decide", cut_off)
     with pytest.raises(DatabaseUnavailable, match="nothing was moved"):
         site.promote()
     assert site.standing() == (None, None)
     assert site.registry.by_version(version).decision == "pending"
+
+
+def test_a_candidate_must_pass_its_mechanical_checks(site):
+    limping = site.add(site.good, validation_accuracy=0.9)
+    fine = site.add(site.right(150), validation_accuracy=0.5)
+    slow = Check(
+        "p95 latency", "mechanical", holds=False, says="300 ms, at most 100 ms wanted", figure=300.0, bound=100.0
+    )
+    result = promote(
+        site.settings, inspect=lambda settings, version: (slow,) if version == limping else sound(settings, version)
+    )
+    assert (result["promoted"], site.standing()) == (True, (fine, None))
+    assert "300 ms, at most 100 ms" in verdict_of(site.settings, limping)["reason"]
+    assert verdict_of(site.settings, limping)["test_accuracy"] == 0.9, "measured all the same"
+
+
+def test_an_inspection_that_could_not_ask_changes_nothing(site):
+    def away(settings, version):
+        raise RegistryUnavailable("MLflow went away.", fix="wait")
+
+    version = site.add(site.good)
+    with pytest.raises(RegistryUnavailable):
+        promote(site.settings, inspect=away)
+    assert (site.standing(), site.registry.by_version(version).decision) == ((None, None), "pending")
+
+
+def test_a_policy_that_cannot_be_used_stops_the_gate_before_it_judges(site):
+    version = site.add(site.good)
+    site.settings.gate_policy.write_text(POLICY.replace("class_margin", "clas_margin"))
+    with pytest.raises(ConfigurationError, match="did you mean 'class_margin'"):
+        site.promote()
+    assert site.registry.by_version(version).decision == "pending"
+
+
+def test_the_policys_bounds_decide(site):
+    version = site.add(site.good)
+    site.settings.gate_policy.write_text(POLICY.replace("accuracy = 0.05", "accuracy = 0.95"))
+    result = site.promote()
+    assert (result["promoted"], site.standing()) == (False, (None, None))
+    assert "at least 0.95 wanted" in verdict_of(site.settings, version)["reason"]
+
+
+def test_the_evidence_stands_on_the_version_before_it_serves(site, monkeypatch):
+    monkeypatch.setattr(workflow, "as_html", gate_report.as_html)
+    champion = site.add(site.right(120))
+    site.promote()
+    winner, loser = site.add(site.good, validation_accuracy=0.9), site.add(site.right(125), validation_accuracy=0.5)
+    result = site.promote()
+    reports = {report["candidate"]["version"]: report for report in result["reports"]}
+    assert reports.keys() == {winner, loser}
+    for number, report in reports.items():
+        version = site.registry.by_version(number)
+        page = version.tags["gate.report"]
+        assert json.loads(site.registry.read_attached(version, page.replace(".html", ".json"))) == report
+        html = site.registry.read_attached(version, page).decode()
+        assert version.tags["gate.reason"] in unescape(html)
+        assert "<img" in html
+        assert verdict_of(site.settings, number)["report"].startswith(site.settings.mlflow_public_url)
+    checks = {check["name"]: check for check in reports[winner]["checks"]}
+    assert checks.keys() >= {"loads", "accuracy", "calibration error", "accuracy under corruption"}
+    assert checks["better than the champion"]["figure"] == pytest.approx(0.3)
+    assert "60 gained, 0 lost" in checks["better than the champion"]["says"]
+    assert str(champion) == site.registry.by_version(winner).tags["gate.against"]
+
+
+def _promote_and_die(settings, writes):
+    """Promotes in a process of its own, which is killed when it has written so often."""
+    written = 0
+
+    def counted(write):
+        def call(*arguments):
+            nonlocal written
+            if written >= writes:
+                os.kill(os.getpid(), signal.SIGKILL)
+            written += 1
+            return write(*arguments)
+
+        return call
+
+    for name in WRITES:
+        setattr(Registry, name, counted(getattr(Registry, name)))
+    workflow.as_html = _undrawn
+    promote(Settings.model_validate_json(settings), inspect=sound)
+
+
+def test_a_promotion_that_is_killed_between_any_two_writes_is_finished_by_the_next(site):
+    champion = site.add(site.right(120))
+    site.promote()
+    loser = site.add(site.poor, validation_accuracy=0.1)
+    winner = site.add(site.good, validation_accuracy=0.9)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["ml.workflows.promote"])
+    for writes in range(20):
+        process = processes.Process(target=_promote_and_die, args=(site.settings.model_dump_json(), writes))
+        process.start()
+        process.join(120)
+        assert site.standing()[0] in (champion, winner)
+        if process.exitcode == 0:
+            break  # as many writes as a whole promotion has
+        assert process.exitcode == -signal.SIGKILL
+        result = site.promote()
+        assert (result["promoted"], site.standing()) == (True, (winner, champion)), f"killed after {writes} writes"
+        assert site.registry.model_tag(MOVE_TAG) is None
+        verdicts = {version: verdict_of(site.settings, version) for version in (winner, loser)}
+        decisions = {version: verdict["decision"] for version, verdict in verdicts.items()}
+        assert decisions == {winner: "promoted", loser: "refused"}, f"killed after {writes} writes"
+        assert {verdict["n"] for verdict in verdicts.values()} == {200}
+        assert verdicts[winner] in result["candidates"]
+        for version in (winner, loser):
+            tags = site.registry.by_version(version).tags
+            page = site.registry.read_attached(site.registry.by_version(version), tags["gate.report"])
+            assert tags["gate.reason"] in page.decode(), f"killed after {writes} writes: another judgement's report"
+        # As it was before.
+        site.registry.set_alias("champion", champion)
+        take_alias(site.registry, "previous")
+        for version in (winner, loser):
+            site.registry.set_tags(version, {"gate.decision": "pending"})
+    assert writes == 8, "the loser's report and tags; the winner's report, the move, tags, two aliases, move struck out"
+
+
+@pytest.fixture
+def shadowed_site(site, database_url):
+    """With the predictions database, a champion, and a better candidate: gives the site and the two."""
+    site.settings = site.settings.model_copy(update={"mlops_database_url": SecretStr(database_url)})
+    champion = site.add(site.right(120))
+    site.promote()
+    return site, champion, site.add(site.good)
+
+
+class Mirror:
+    """Stands for the server: mirrors images as soon as it is told to, and keeps what came out."""
+
+    def __init__(self, site, champion, images, *, differ=0, failure=None, milliseconds=5.0):
+        self.site, self.champion, self.images = site, champion, images
+        self.differ, self.failure, self.milliseconds = differ, failure, milliseconds
+        self.seen = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def _run(self):
+        deadline = time.monotonic() + 60
+        while self.seen is None and time.monotonic() < deadline:
+            self.seen = traffic.read(self.site.registry)
+            time.sleep(0.05)
+        log = ShadowLog(self.site.settings.database_url)
+        log.start()
+        for number in range(self.images):
+            answer = np.eye(10)[[1 if number < self.differ else 0]]
+            log.append(
+                Mirrored(
+                    request_id=uuid4(),
+                    created_at=datetime.now(UTC),
+                    champion_version=self.champion,
+                    challenger_version=self.seen.version,
+                    champion_classes=np.array([0]),
+                    probabilities=None if self.failure else answer,
+                    champion_ms=4.0,
+                    challenger_ms=None if self.failure else self.milliseconds,
+                    failure=self.failure,
+                )
+            )
+        assert log.flush(30)
+        log.close()
+
+
+def test_a_winner_serves_only_after_it_has_seen_so_many_mirrored_images(shadowed_site):
+    site, champion, winner = shadowed_site
+    with Mirror(site, champion, 30, differ=6) as mirror:
+        result = site.promote(after_shadow=30, shadow_wait_seconds=60)
+    assert (result["promoted"], site.standing()) == (True, (winner, champion)), result["reason"]
+    assert (mirror.seen.version, mirror.seen.mode, mirror.seen.share) == (winner, "mirror", 1.0)
+    assert site.registry.by_alias("challenger").version == winner
+    assert traffic.read(site.registry) is None, "the mirroring goes on"
+    (report,) = result["reports"]
+    checks = {check["name"]: check for check in report["checks"] if check["group"] == "shadow"}
+    assert checks["disagreement on mirrored requests"]["figure"] == pytest.approx(0.2)
+    assert checks["p95 latency on mirrored requests"]["figure"] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [({"failure": "it broke"}, "failed"), ({"milliseconds": 51.0}, "at most 50 ms"), ({"differ": 30}, "exceed")],
+)
+def test_a_winner_that_does_badly_on_mirrored_images_is_refused(shadowed_site, how, why):
+    site, champion, winner = shadowed_site
+    with Mirror(site, champion, 30, **how):
+        result = site.promote(after_shadow=30, shadow_wait_seconds=60)
+    assert (result["promoted"], site.standing()) == (False, (champion, None))
+    assert why in verdict_of(site.settings, winner)["reason"]
+    assert verdict_of(site.settings, winner)["decision"] == "refused"
+    assert traffic.read(site.registry) is None
+
+
+def test_a_winner_that_has_not_seen_enough_waits_and_the_next_call_goes_on_counting(shadowed_site):
+    site, champion, winner = shadowed_site
+    with Mirror(site, champion, 20):
+        result = site.promote(after_shadow=30, shadow_wait_seconds=3)
+    assert (result["promoted"], site.standing()) == (False, (champion, None))
+    assert "seen 20 of 30" in result["reason"]
+    assert verdict_of(site.settings, winner)["decision"] == "pending"
+    since = traffic.read(site.registry).since
+    with Mirror(site, champion, 10) as mirror:
+        assert site.promote(after_shadow=30, shadow_wait_seconds=60)["promoted"] is True
+    assert mirror.seen.since == since
+    assert site.standing() == (winner, champion)
+
+
+def test_a_rollback_need_not_wait_for_a_shadow_and_overtakes_it(shadowed_site):
+    site, first, second = shadowed_site
+    assert site.promote()["promoted"] is True
+    third = site.add(site.right(200))
+    results = {}
+    waiting = threading.Thread(
+        target=lambda: results.update(site.promote(after_shadow=30, shadow_wait_seconds=4)), daemon=True
+    )
+    waiting.start()
+    deadline = time.monotonic() + 60
+    while traffic.read(site.registry) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while verdict_of(site.settings, third)["reason"] == "":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert rollback(site.settings, lock_wait_seconds=5)["champion"]["version"] == first
+    waiting.join(60)
+    assert results["promoted"] is False
+    assert f"no longer version {second}" in results["reason"]
+    assert site.standing() == (first, second)
+    assert traffic.read(site.registry) is None, "a rollback ends what was mirrored"
+    assert verdict_of(site.settings, third)["decision"] == "pending"
+
+
+def test_without_a_champion_nobody_can_be_shadowed_and_nothing_is_waited_for(shadowed_site):
+    site, _, winner = shadowed_site
+    take_alias(site.registry, "champion")
+    assert site.promote(after_shadow=1000)["promoted"] is True
+    assert site.standing()[0] == winner
+
+
+def test_to_wait_for_mirrored_images_takes_a_database(site):
+    with pytest.raises(ConfigurationError, match="database"):
+        site.promote(after_shadow=10)

@@ -29,6 +29,7 @@ from ml.errors import (
 )
 from ml.registry.versions import Registry
 from ml.settings import Settings
+from ml.toml_files import read_toml
 from ml.training.recipe import Recipe, parse_recipe
 from ml.training.sweep_space import Sweep
 from ml.workflows.sweep import Fit, MakeFit, OnEpoch, sweep
@@ -209,7 +210,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from ml.settings import Settings
-from ml.toml_files import read_toml
 from ml.workflows.sweep import sweep
 from tests.integration.test_sweep import acting
 

@@ -5,18 +5,33 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ml.evaluation.comparison import Comparison, compare
-from ml.evaluation.gate import Champion, Check, Contender, Decision, at_least, at_most, decide
+from ml.evaluation.gate import (
+    Champion,
+    Contender,
+    Decision,
+    ShadowSummary,
+    absolute_checks,
+    after_shadow,
+    at_least,
+    at_most,
+    decide,
+    postponed,
+    shadow_checks,
+)
 from ml.evaluation.gate_policy import GatePolicy, load_policy
+from ml.evaluation.measurement import calibration_interval, measure
+from ml.evaluation.metrics import calibration_error
+from ml.evaluation.robustness import robustness
 from ml.settings import PROJECT_ROOT
 
 POLICY = load_policy(PROJECT_ROOT / "policies" / "gate.toml")
 CHAMPION = Champion(1, "baseline", "ds-a")
-PASSED = (at_least("accuracy", "absolute", 0.7, 0.68, 0.72, 0.5),)
-FAILED = (*PASSED, at_most("calibration error", "absolute", 0.3, 0.2, 0.4, 0.2))
+PASSED = (at_least("accuracy", 0.7, (0.68, 0.72), 0.5),)
+FAILED = (*PASSED, at_most("calibration error", 0.3, (0.2, 0.4), 0.2))
 
 
 def probabilities(classes: np.ndarray) -> np.ndarray:
@@ -169,8 +184,8 @@ def test_two_points_worse_is_refused_and_equal_is_seldom_taken_for_better(monkey
 ratio = st.floats(0, 1)
 any_float = st.floats(allow_nan=True, allow_infinity=True)
 checks = st.lists(
-    st.builds(at_least, st.just("accuracy"), st.just("absolute"), any_float, any_float, any_float, ratio)
-    | st.builds(at_most, st.just("calibration error"), st.just("absolute"), any_float, any_float, any_float, ratio)
+    st.builds(at_least, st.just("accuracy"), any_float, st.tuples(any_float, any_float), ratio)
+    | st.builds(at_most, st.just("calibration error"), any_float, st.tuples(any_float, any_float), ratio)
     | st.sampled_from(FAILED),
     max_size=3,
 ).map(tuple)
@@ -234,6 +249,7 @@ def test_a_model_that_is_better_in_everything_never_loses(field, validation):
     assert decide([*others, contender(99, validation, BETTER)], champion, POLICY).promoted == 99
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 150), st.integers(0, 150), st.integers(0, 10), st.integers(0, 10))
 def test_a_model_that_gets_more_right_stays_eligible(gained, lost, more, fewer):
     """Of what the champion has wrong it gets more right, of what the champion has right fewer wrong."""
@@ -241,3 +257,82 @@ def test_a_model_that_gets_more_right_stays_eligible(gained, lost, more, fewer):
     assume(decide([contender(2, 0.9, once)], CHAMPION, POLICY).promoted)
     again = compared(400, gained + more, max(lost - fewer, 0), both=min(fewer, lost))
     assert decide([contender(2, 0.9, again)], CHAMPION, POLICY).promoted
+
+
+SEEN = ShadowSummary(n=200, disagreements=30, failures=0, p95_ms=9.0, champion_p95_ms=4.0)
+
+
+def shadowed(**changes) -> Decision:
+    decision = decide([contender(2, 0.6, BETTER), contender(3, 0.5, WORSE)], CHAMPION, POLICY)
+    return after_shadow(decision, shadow_checks(replace(SEEN, **changes), BETTER, POLICY))
+
+
+def test_a_winner_that_does_well_on_mirrored_requests_is_promoted_and_the_reason_says_so():
+    decision = shadowed()
+    assert decision.promoted == 2
+    assert outcomes(decision) == {2: "promoted", 3: "refused"}
+    assert {check.group for check in decision.verdicts[0].checks} == {"absolute", "champion", "shadow"}
+    for figure in ("60 gained", "0 of 200 images failed", "0.1500 [", "9.0 ms", "4.0 ms"):
+        assert figure in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({"failures": 1}, "answers to mirrored requests"),
+        ({"disagreements": 90}, "disagreement on mirrored requests"),
+        ({"p95_ms": 200.1}, "p95 latency on mirrored requests"),
+        ({"p95_ms": math.nan}, "p95 latency on mirrored requests"),
+    ],
+)
+def test_a_winner_that_does_badly_on_mirrored_requests_is_refused_for_it(changes, failed):
+    decision = shadowed(**changes)
+    assert decision.promoted is None
+    assert outcomes(decision) == {2: "refused", 3: "refused"}
+    assert failed in decision.reason
+    assert [check.name for check in decision.verdicts[0].checks if not check.holds] == [failed]
+
+
+def test_one_that_answered_no_mirrored_request_is_refused():
+    decision = shadowed(n=3, disagreements=0, failures=3, p95_ms=math.nan)
+    assert decision.promoted is None
+    assert "no image was answered" in decision.reason
+
+
+def test_disagreement_is_bounded_by_what_the_test_images_showed():
+    alike = replace(BETTER, differing=0.1)
+    bound = shadow_checks(SEEN, alike, POLICY)[1]
+    assert (bound.figure, bound.bound) == (0.15, pytest.approx(0.3))
+    assert shadow_checks(replace(SEEN, disagreements=65), alike, POLICY)[1].holds, "within the interval's reach"
+    assert not shadow_checks(replace(SEEN, disagreements=90), alike, POLICY)[1].holds
+    unknown = shadow_checks(replace(SEEN, disagreements=199), None, POLICY)[1]
+    assert unknown.holds
+    assert "not bounded" in unknown.says
+
+
+def test_a_winner_that_has_not_seen_enough_waits():
+    decision = postponed(decide([contender(2, 0.6, BETTER)], CHAMPION, POLICY), "It waits.")
+    assert (decision.promoted, outcomes(decision)) == (None, {2: "pending"})
+    assert decision.reason.startswith("It waits. version 2 (baseline) is better")
+
+
+def test_the_absolute_checks_are_those_of_the_figures():
+    rng = np.random.default_rng(3)
+    images, labels = rng.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8), np.arange(200) % 10
+    answers = np.where(rng.random(200) < 0.2, (labels + 1) % 10, labels)
+    corrupted = robustness(lambda x: probabilities(labels[: len(x)]), images[:20], labels[:20], seed=0)
+    found = measure(labels, probabilities(answers), corrupted)
+    checks = {check.name: check for check in absolute_checks(found, POLICY)}
+    assert checks["accuracy"].figure == found.metrics.accuracy
+    assert (checks["accuracy"].low, checks["accuracy"].bound) == (found.metrics.accuracy_low, POLICY.absolute.accuracy)
+    assert checks["calibration error"].high == found.calibration_high
+    assert checks["accuracy under corruption"].figure == corrupted.mean_accuracy
+    assert not absolute_checks(replace(found, robustness=None), POLICY)[2].holds
+
+
+def test_the_interval_of_the_calibration_error_is_the_bootstraps():
+    rng = np.random.default_rng(3)
+    labels, n = np.arange(500) % 10, 500
+    rows = probabilities(np.where(rng.random(n) < 0.4, (labels + 1) % 10, labels))
+    drawn = [calibration_error(labels[at], rows[at]) for at in rng.integers(0, n, (2000, n))]
+    assert calibration_interval(labels, rows) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.005)
