@@ -96,13 +96,14 @@ class Range(BaseModel):
 
     def holds(self, value: object) -> bool:
         """Whether the value is one of the range's."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         step = 1 if self.whole and self.step is None else self.step
         if step is None:
-            return True
-        steps = (value - self.low) / step
-        return math.isclose(steps, round(steps), rel_tol=0, abs_tol=1e-9)
+            return self.low <= value <= self.high
+        # Counted in steps: 0.7 + 0.1 is 0.7999999999999999, and 0.8 is that step all the same.
+        steps, most = (value - self.low) / step, (self.high - self.low) / step
+        return math.isclose(steps, round(steps), rel_tol=0, abs_tol=1e-9) and 0 <= round(steps) <= round(most)
 
 
 class Choices(BaseModel):

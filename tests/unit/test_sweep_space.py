@@ -232,3 +232,12 @@ def test_the_values_of_a_stepped_range_are_all_that_it_holds(low: int, steps: in
 def test_reading_a_search_imports_neither_tensorflow_nor_mlflow() -> None:
     code = "import sys, ml.training.study; print({'tensorflow', 'keras', 'mlflow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_step_is_held_however_its_sum_is_rounded():
+    found = Range(low=0.7, high=0.7 + 0.1, step=0.1)
+    assert found.holds(0.8)
+    assert found.holds(0.7)
+    assert not found.holds(0.9)
+    assert not found.holds(0.6)
+    assert not found.holds(0.75)
