@@ -437,13 +437,13 @@ def challenge(
     """Send a share of the traffic to a challenger, or mirror it; without arguments say what is set."""
 
     def work(settings: Settings) -> dict[str, Any]:
-        from ml.workflows import challenge as workflow
-
         if (mirror is not None) + (canary is not None) + off > 1 or (off and version is not None):
             raise ConfigurationError(
                 "--mirror, --canary and --off exclude each other, and --off takes no version.",
                 fix="say one of them.",
             )
+        from ml.workflows import challenge as workflow
+
         if off:
             return workflow.end_challenge(settings)
         mode: Mode | None = "mirror" if mirror is not None else "canary" if canary is not None else None

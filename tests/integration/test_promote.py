@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from datetime import UTC, datetime
+from functools import partial
 from html import unescape
 from uuid import uuid4
 
@@ -26,6 +27,7 @@ from ml.errors import (
 )
 from ml.evaluation import gate_report
 from ml.evaluation.gate import Check
+from ml.evaluation.robustness import robustness
 from ml.monitoring.shadow_log import ShadowLog
 from ml.registry import traffic
 from ml.registry.aliases import MOVE_TAG
@@ -117,13 +119,14 @@ def site(settings, mlflow_uri, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "gate.toml").write_text(POLICY)
     changes = {"mlflow_tracking_uri": mlflow_uri, "gate_policy": tmp_path / "gate.toml"}
-    # Drawing takes a second a report; `test_the_evidence_...` has it done.
-    monkeypatch.setattr(workflow, "as_html", _undrawn)
+    _made_quick(monkeypatch.setattr)
     return Site(settings.model_copy(update=changes), tmp_path / "models")
 
 
-def _undrawn(report):
-    return f"<p>{report.verdict.reason}</p>"
+def _made_quick(replace):
+    """Draws no report and corrupts in one way of 75; `test_the_evidence_...` has all of it."""
+    replace(workflow, "as_html", lambda report: f"<p>{report.verdict.reason}</p>")
+    replace(judging, "robustness", partial(robustness, corruptions=["fog"], severities=[3]))
 
 
 @pytest.fixture
@@ -486,6 +489,7 @@ def test_the_policys_bounds_decide(site):
 
 def test_the_evidence_stands_on_the_version_before_it_serves(site, monkeypatch):
     monkeypatch.setattr(workflow, "as_html", gate_report.as_html)
+    monkeypatch.setattr(judging, "robustness", robustness)
     champion = site.add(site.right(120))
     site.promote()
     winner, loser = site.add(site.good, validation_accuracy=0.9), site.add(site.right(125), validation_accuracy=0.5)
@@ -523,7 +527,7 @@ def _promote_and_die(settings, writes):
 
     for name in WRITES:
         setattr(Registry, name, counted(getattr(Registry, name)))
-    workflow.as_html = _undrawn
+    _made_quick(setattr)
     promote(Settings.model_validate_json(settings), inspect=sound)
 
 

@@ -167,8 +167,14 @@ def drawn(rng: np.random.Generator, n: int, ahead: float, disagreement: float = 
     return compared(n, int(gained), int(lost), both=int(0.7 * n))
 
 
+def few_resamples(monkeypatch):
+    """For tests of decisions that hang on no interval."""
+    monkeypatch.setattr("ml.evaluation.comparison._CALIBRATION_RESAMPLES", 20)
+    monkeypatch.setattr("ml.evaluation.significance.RESAMPLES", 100)
+
+
 def test_two_points_worse_is_refused_and_equal_is_seldom_taken_for_better(monkeypatch):
-    monkeypatch.setattr("ml.evaluation.comparison._CALIBRATION_RESAMPLES", 20)  # of no consequence here
+    few_resamples(monkeypatch)
     rng = np.random.default_rng(5)
 
     def promoted(ahead: float) -> int:
@@ -253,9 +259,11 @@ def test_a_model_that_is_better_in_everything_never_loses(field, validation):
 @given(st.integers(0, 150), st.integers(0, 150), st.integers(0, 10), st.integers(0, 10))
 def test_a_model_that_gets_more_right_stays_eligible(gained, lost, more, fewer):
     """Of what the champion has wrong it gets more right, of what the champion has right fewer wrong."""
-    once = compared(400, gained, lost)
+    with pytest.MonkeyPatch.context() as patch:
+        few_resamples(patch)
+        once = compared(400, gained, lost)
+        again = compared(400, gained + more, max(lost - fewer, 0), both=min(fewer, lost))
     assume(decide([contender(2, 0.9, once)], CHAMPION, POLICY).promoted)
-    again = compared(400, gained + more, max(lost - fewer, 0), both=min(fewer, lost))
     assert decide([contender(2, 0.9, again)], CHAMPION, POLICY).promoted
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import bootstrap, norm, ttest_1samp
@@ -35,6 +35,7 @@ def test_mcnemar_is_statsmodels_exact_test(pairs: Paired) -> None:
     assert mcnemar(pairs) == pytest.approx(min(reference_mcnemar(table, exact=True).pvalue, 1.0), rel=1e-9, abs=1e-300)
 
 
+@settings(max_examples=25)  # the reference takes 20 ms
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_statsmodels(p_values: list[float]) -> None:
     np.testing.assert_allclose(holm(np.array(p_values)), multipletests(p_values, method="holm")[1])
