@@ -16,8 +16,11 @@ def connect(url: str) -> Connection:
         DatabaseUnavailable: when the server cannot be asked within five seconds.
         ConfigurationError: when `url` is none of PostgreSQL's.
     """
+    # Where nobody asks for Kerberos, libpq is kept from looking for it: krb5 is not safe in threads and after a fork,
+    # and libpq's default ("prefer") crashes a process that connects in one now and then.
+    kerberos = {} if "gssencmode" in url else {"gssencmode": "disable"}
     try:
-        return psycopg2.connect(url, connect_timeout=5)
+        return psycopg2.connect(url, connect_timeout=5, **kerberos)
     except psycopg2.OperationalError as error:
         raise unavailable(error) from error
     except psycopg2.ProgrammingError:
