@@ -77,7 +77,7 @@ def compare(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[floa
         ModelInvalid: as `export`.
     """
     probes = np.concatenate([images.astype(np.float32), _extremes()])
-    from_keras, from_onnx = answers_of_both(keras_path, onnx_path, probes)
+    from_keras, from_onnx = answers_of_keras(keras_path, probes), _answers_of_onnx(onnx_path, probes)
     difference = float(np.abs(from_keras - from_onnx).max())
     if not difference < TOLERANCE:  # NaN must fail, too
         raise ModelInvalid(
@@ -89,22 +89,21 @@ def compare(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[floa
     return difference, len(probes)
 
 
-def answers_of_both(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Loads both files as a stranger would (Keras in safe mode) and predicts the same images with each.
+def answers_of_keras(keras_path: Path, images: np.ndarray) -> np.ndarray:
+    """Loads a Keras file as a stranger would (in safe mode) and predicts.
 
     Args:
-        keras_path: the one form of a model.
-        onnx_path: the other; takes (batch, 32, 32, 3).
+        keras_path: the file.
         images: float32 (n, 32, 32, 3), raw RGB in 0-255, n >= 1.
 
     Returns:
-        What Keras gives and what ONNX gives, float32 (n, 10) each; not looked at any further.
+        What it gives, float32 (n, 10); not looked at any further.
 
     Raises:
-        ModelInvalid: the Keras file cannot be used, or one of the two gives another shape.
+        ModelInvalid: the file cannot be used, or gives another shape.
     """
     try:
-        from_keras = np.asarray(
+        answers = np.asarray(
             keras.saving.load_model(keras_path, compile=False).predict(images, batch_size=64, verbose=0)
         )
     except Exception as error:
@@ -113,18 +112,22 @@ def answers_of_both(keras_path: Path, onnx_path: Path, images: np.ndarray) -> tu
         raise ModelInvalid(
             f"Keras cannot use {keras_path.name} ({type(error).__name__}: {said}).", fix="train the model anew."
         ) from error
-    if from_keras.shape != (len(images), NUM_CLASSES):
-        raise ModelInvalid(f"The Keras file gives {from_keras.shape}.", fix="it must give (batch, 10) for any batch.")
+    if answers.shape != (len(images), NUM_CLASSES):
+        raise ModelInvalid(f"The Keras file gives {answers.shape}.", fix="it must give (batch, 10) for any batch.")
+    return answers
+
+
+def _answers_of_onnx(onnx_path: Path, images: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
-    from_onnx = np.concatenate(
+    answers = np.concatenate(
         [session.run(None, {given.name: images[i : i + 64]})[0] for i in range(0, len(images), 64)]
     )
     # Alone as well: a batch size fixed by mistake would show here.
     alone = session.run(None, {given.name: images[:1]})[0]
-    if from_onnx.shape != (len(images), NUM_CLASSES) or alone.shape != (1, NUM_CLASSES):
-        raise ModelInvalid(f"The ONNX file gives {from_onnx.shape}.", fix="it must give (batch, 10) for any batch.")
-    return from_keras, from_onnx
+    if answers.shape != (len(images), NUM_CLASSES) or alone.shape != (1, NUM_CLASSES):
+        raise ModelInvalid(f"The ONNX file gives {answers.shape}.", fix="it must give (batch, 10) for any batch.")
+    return answers
 
 
 def _extremes() -> np.ndarray:

@@ -15,7 +15,7 @@ from ml.models.catalog import build
 from ml.models.specs import BaselineSpec, Vgg16Spec
 from ml.models.vgg16_weights import Weights
 from ml.serving.engine import Engine
-from ml.training.export import answers_of_both, compare, export
+from ml.training.export import answers_of_keras, compare, export
 from ml.training.fit import TrainedModel, train
 from ml.training.onnx_graph import onnx_graph
 from tests.model.conftest import BASELINE, first
@@ -78,9 +78,9 @@ def test_a_keras_file_that_cannot_be_used_is_the_models_fault(tmp_path: Path, va
     broken.write_bytes(exported.keras.read_bytes()[:1000])
     keras.Sequential([keras.Input((32, 32, 3)), layers.Flatten(), layers.Dense(9, activation="softmax")]).save(narrow)
     with pytest.raises(ModelInvalid, match=r"Keras cannot use broken\.keras"):
-        answers_of_both(broken, exported.onnx, images)
+        answers_of_keras(broken, images)
     with pytest.raises(ModelInvalid, match=r"Keras file gives \(2, 9\)"):
-        answers_of_both(narrow, exported.onnx, images)
+        answers_of_keras(narrow, images)
 
 
 def test_nan_weights_are_refused_and_leave_nothing(tmp_path: Path, validation_split: Split) -> None:
