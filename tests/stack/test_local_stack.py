@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from ml.database import transaction
-from ml.settings import load_settings
+from ml.settings import PROJECT_ROOT, load_settings
 from tests.conftest import free_port, wait_until
 
 PORTS = ("AIRFLOW_PORT", "MLFLOW_PORT", "API_PORT", "REPORTS_PORT", "POSTGRES_PORT")
@@ -22,7 +23,30 @@ PORTS = ("AIRFLOW_PORT", "MLFLOW_PORT", "API_PORT", "REPORTS_PORT", "POSTGRES_PO
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     ports = {name: str(free_port()) for name in PORTS}
-    return os.environ | ports | {"MLOPS_VAR_DIR": str(tmp_path_factory.mktemp("var")), "CIFAR10_SOURCE": "synthetic"}
+    folder = tmp_path_factory.mktemp("var")
+    return (
+        os.environ
+        | ports
+        | {
+            "MLOPS_VAR_DIR": str(folder),
+            "CIFAR10_SOURCE": "synthetic",
+            "GATE_POLICY": str(quick_policy(folder / "gate.toml")),
+        }
+    )
+
+
+def quick_policy(path):
+    """The project's own, on fewer images: VGG16 on ten thousand is a minute of this machine."""
+    text = (PROJECT_ROOT / "policies/gate.toml").read_text()
+    for key, many, few in (
+        ("agreement_images", "1000", "100"),
+        ("corrupted_images", "100", "20"),
+        ("corrupted_accuracy", "0.3", "0.1"),
+    ):
+        text, changed = re.subn(rf"^{key} = {many}\b", f"{key} = {few}", text, flags=re.MULTILINE)
+        assert changed == 1, key
+    path.write_text(text)
+    return path
 
 
 def cifar10(environment, *arguments):
