@@ -59,10 +59,19 @@ def test_no_command_is_forgotten_here():
         ["challenge", "--mirror", "0"],
     ],
 )
-def test_bad_usage_exits_with_2(cifar10, arguments):
-    done = cifar10(*arguments)
-    assert done.returncode == 2
+def test_bad_usage_exits_with_2(arguments, monkeypatch, tmp_path):
+    # In this process: its logging must stay pytest's.
+    monkeypatch.setattr("ml.cli._log_to_stderr", lambda: None)
+    done = CliRunner().invoke(app, arguments, env={"MLOPS_VAR_DIR": str(tmp_path), "MLFLOW_PORT": "9"})
+    assert done.exit_code == 2
     assert done.stdout == ""
+    assert done.stderr != ""
+
+
+def test_bad_usage_exits_with_2_as_a_process_too(cifar10):
+    done = cifar10("challenge", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--mirror SHARE" in done.stderr
 
 
 def test_a_wrong_setting_is_bad_usage_and_named(cifar10):
