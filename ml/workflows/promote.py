@@ -114,9 +114,10 @@ def promote(
             inspect=inspect,
         )
         still_alone()
-        mirroring = None
-        if after_shadow is not None and champion is not None and judgement.decision.promoted is not None:
-            mirroring = _begin_shadow(registry, judgement, champion, after_shadow, shadow_wait_seconds)
+        winner, mirroring = judgement.decision.promoted, None
+        if after_shadow is not None and champion is not None and winner is not None:
+            since = shadowing.begin(registry, winner)
+            mirroring = shadowing.Mirroring(champion.version, winner, since, after_shadow, shadow_wait_seconds)
             waits = postponed(judgement.decision, _waits(mirroring, 0))
             _carry_out(registry, judgement.amended(waits), champion)
         else:
@@ -139,14 +140,6 @@ def promote(
         "reports": [as_json(report) for report in judgement.reports],
         "n": len(exam.clean.labels),
     }
-
-
-def _begin_shadow(
-    registry: Registry, judgement: Judgement, champion: ModelVersion, images: int, seconds: float
-) -> shadowing.Mirroring:
-    winner = int(judgement.decision.promoted or 0)
-    since = shadowing.begin(registry, winner)
-    return shadowing.Mirroring(champion.version, winner, since, images, seconds)
 
 
 def _waits(mirroring: shadowing.Mirroring, seen: int) -> str:
