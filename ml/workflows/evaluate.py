@@ -11,16 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ml.datasets.manifest import Manifest
-from ml.datasets.store import load_split, read_manifest
+from ml.datasets.store import read_manifest
 from ml.errors import ModelNotFound
-from ml.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from ml.evaluation.gate_policy import load_policy
-from ml.evaluation.measurement import Measurement, measure
-from ml.evaluation.robustness import CORRUPTION_SEED, Robustness, robustness
+from ml.evaluation.measurement import Measurement
 from ml.registry.connection import patiently
-from ml.registry.versions import CHAMPION, ONNX_FILE, ModelVersion, Registry
-from ml.serving.engine import Engine
+from ml.registry.versions import CHAMPION, ModelVersion, Registry
 from ml.settings import Settings
+from ml.workflows.exam import load_exam, measure_version
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +67,8 @@ def evaluate(
             "Version %d was trained on %s: its training images may be among these test images",
             *(chosen.version, chosen.dataset_id),
         )
-    engine = Engine(registry.fetch(chosen, settings.cache_dir, (ONNX_FILE,)) / "artifacts" / ONNX_FILE)
-    test = load_split(settings.data_url, manifest.dataset_id, "test", limit)
-    n = len(test.labels)
-    logger.info("Measuring version %d (%s) on %d test images", chosen.version, chosen.architecture, n)
-    probabilities = engine.predict(test.images)
-    few = test
-    if per_cell is not None and per_cell < n:
-        few = load_split(settings.data_url, manifest.dataset_id, "test", per_cell)
-    logger.info("CIFAR-10-C: %d images in each of %d cells", len(few.labels), len(CORRUPTIONS) * len(SEVERITIES))
-    corrupted = robustness(engine.predict, few.images, few.labels, seed=CORRUPTION_SEED)
-    found = _result(chosen, manifest, measure(test.labels, probabilities, corrupted), corrupted)
+    measured = measure_version(registry, settings, chosen, load_exam(settings, manifest.dataset_id, limit, per_cell))
+    found = _result(chosen, manifest, measured)
     found["seconds"] = round(time.monotonic() - began, 1)
     _attach(registry, chosen, found, FULL if full and limit is None else SAMPLE)
     return found
@@ -95,10 +84,8 @@ def _bearer(registry: Registry, alias: str) -> ModelVersion:
     return found
 
 
-def _result(
-    version: ModelVersion, manifest: Manifest, measured: Measurement, corrupted: Robustness
-) -> dict[str, object]:
-    clean = measured.metrics
+def _result(version: ModelVersion, manifest: Manifest, measured: Measurement) -> dict[str, object]:
+    clean, corrupted = measured.metrics, measured.robustness
     return {
         "version": version.version,
         "architecture": version.architecture,
@@ -115,7 +102,7 @@ def _result(
         "calibration_error": clean.calibration_error,
         "calibration_low": measured.calibration_low,
         "calibration_high": measured.calibration_high,
-        "corrupted": corrupted.as_dict(),
+        "corrupted": None if corrupted is None else corrupted.as_dict(),
     }
 
 

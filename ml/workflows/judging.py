@@ -9,37 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-import numpy as np
-
-from ml.datasets.manifest import Split
-from ml.datasets.store import load_split
 from ml.errors import InputInvalid, ModelInvalid, ModelNotFound
 from ml.evaluation.comparison import Comparison, compare
 from ml.evaluation.gate import Champion, Check, Contender, Decision, absolute_checks, decide
 from ml.evaluation.gate_policy import GatePolicy
 from ml.evaluation.gate_report import GateReport
-from ml.evaluation.measurement import Measurement, measure
-from ml.evaluation.robustness import CORRUPTION_SEED, robustness
-from ml.registry.versions import ONNX_FILE, ModelVersion, Registry
-from ml.serving.engine import Engine
+from ml.evaluation.measurement import Measurement
+from ml.registry.versions import ModelVersion, Registry
 from ml.settings import Settings
+from ml.workflows.exam import Exam, measure_version
 
 logger = logging.getLogger(__name__)
 
 Inspect = Callable[[Settings, int], Sequence[Check]]
 """The mechanical checks of a version: `ml.workflows.inspect_version.inspect_in_fresh_process`."""
-
-_CHUNK = 1000
-"""Images between two progress lines at most."""
-
-
-@dataclass(frozen=True)
-class Exam:
-    """The images that all are measured on."""
-
-    clean: Split
-    few: Split
-    """Those that are corrupted, in each of the 75 ways."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +45,6 @@ class Judgement:
         verdicts = {item.version: item for item in decision.verdicts}
         reports = tuple(replace(item, verdict=verdicts[item.candidate.version]) for item in self.reports)
         return Judgement(decision, reports)
-
-
-def load_exam(settings: Settings, dataset_id: str, test_limit: int | None, policy: GatePolicy) -> Exam:
-    """The test images of a dataset: a seeded, stratified choice of `test_limit` of them, or all.
-
-    Raises:
-        DatasetNotFound, DatasetInvalid, StorageError: they cannot be read.
-    """
-    logger.info("Loading the test images of %s", dataset_id)
-    few = min(policy.absolute.corrupted_images, test_limit or policy.absolute.corrupted_images)
-    return Exam(
-        load_split(settings.data_url, dataset_id, "test", limit=test_limit),
-        load_split(settings.data_url, dataset_id, "test", limit=few),
-    )
 
 
 def judge(
@@ -178,22 +147,8 @@ def _measured(
 ) -> tuple[Measurement | None, str | None]:
     """The figures, or why there are none."""
     try:
-        return _measure(registry, settings, version, exam), None
+        return measure_version(registry, settings, version, exam), None
     except (ModelInvalid, ModelNotFound, InputInvalid) as failure:
         # InputInvalid: what it answers are no probabilities.
         logger.warning("Version %d cannot be measured: %s", version.version, failure)
         return None, failure.message
-
-
-def _measure(registry: Registry, settings: Settings, version: ModelVersion, exam: Exam) -> Measurement:
-    folder = registry.fetch(version, settings.cache_dir, files=(ONNX_FILE,))
-    engine = Engine(folder / "artifacts" / ONNX_FILE)
-    n = len(exam.clean.labels)
-    parts = []
-    for start in range(0, n, _CHUNK):
-        logger.info("Version %d (%s): %d of %d test images", version.version, version.architecture, start, n)
-        parts.append(engine.predict(exam.clean.images[start : start + _CHUNK]))
-    corrupted = robustness(engine.predict, exam.few.images, exam.few.labels, seed=CORRUPTION_SEED)
-    found = measure(exam.clean.labels, np.concatenate(parts), corrupted)
-    logger.info("Version %d: test accuracy %.4f on %d images", version.version, found.metrics.accuracy, n)
-    return found

@@ -26,8 +26,9 @@ from ml.registry import aliases, traffic
 from ml.registry.versions import CHAMPION, PENDING, TAG_DECISION, TAG_REASON, ModelVersion, Registry
 from ml.settings import Settings
 from ml.workflows import shadowing
+from ml.workflows.exam import load_exam
 from ml.workflows.inspect_version import inspect_in_fresh_process
-from ml.workflows.judging import Inspect, Judgement, judge, load_exam
+from ml.workflows.judging import Inspect, Judgement, judge
 from ml.workflows.promotion_lock import LOCK_WAIT_SECONDS, alone
 from ml.workflows.verdicts import (
     TAG_N,
@@ -102,7 +103,7 @@ def promote(
         if not candidates:
             return _nothing_to_judge(settings, registry, dataset_id, finished)
 
-        exam = load_exam(settings, str(dataset_id), test_limit, policy)
+        exam = load_exam(settings, str(dataset_id), test_limit, policy.absolute.corrupted_images)
         judgement = judge(
             registry,
             settings,

@@ -34,7 +34,7 @@ from ml.registry.aliases import MOVE_TAG
 from ml.registry.versions import Registry
 from ml.settings import Settings
 from ml.traffic import Mirrored
-from ml.workflows import judging, promotion_lock
+from ml.workflows import exam, judging, promotion_lock
 from ml.workflows import promote as workflow
 from ml.workflows.promote import promote
 from ml.workflows.rollback import rollback
@@ -126,7 +126,7 @@ def site(settings, mlflow_uri, tmp_path, monkeypatch):
 def _made_quick(replace):
     """Draws no report and corrupts in one way of 75; `test_the_evidence_...` has all of it."""
     replace(workflow, "as_html", lambda report: f"<p>{report.verdict.reason}</p>")
-    replace(judging, "robustness", partial(robustness, corruptions=["fog"], severities=[3]))
+    replace(exam, "robustness", partial(robustness, corruptions=["fog"], severities=[3]))
 
 
 @pytest.fixture
@@ -385,14 +385,14 @@ def test_of_two_promotions_at_once_the_second_waits_and_judges_afresh(locked_sit
     site = locked_site
     version = site.add(site.good)
     measuring, go_on = threading.Event(), threading.Event()
-    measure = judging._measure
+    measure = judging.measure_version
 
     def slowly(*arguments):
         measuring.set()
         assert go_on.wait(60)
         return measure(*arguments)
 
-    monkeypatch.setattr(judging, "_measure", slowly)
+    monkeypatch.setattr(judging, "measure_version", slowly)
     results = {}
     threads = [threading.Thread(target=lambda k=k: results.update({k: site.promote()})) for k in ("first", "second")]
     threads[0].start()
@@ -489,7 +489,7 @@ def test_the_policys_bounds_decide(site):
 
 def test_the_evidence_stands_on_the_version_before_it_serves(site, monkeypatch):
     monkeypatch.setattr(workflow, "as_html", gate_report.as_html)
-    monkeypatch.setattr(judging, "robustness", robustness)
+    monkeypatch.setattr(exam, "robustness", robustness)
     champion = site.add(site.right(120))
     site.promote()
     winner, loser = site.add(site.good, validation_accuracy=0.9), site.add(site.right(125), validation_accuracy=0.5)
