@@ -6,10 +6,10 @@ with it, and what does not fit is counted. What a row is, and how it is inserted
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812 - psycopg2 names its class in lower case
@@ -30,7 +30,7 @@ class LogState:
     database_ok: bool
 
 
-class BatchWriter(Generic[T]):
+class BatchWriter(ABC, Generic[T]):
     """Takes items from the request path and writes them to PostgreSQL in the background.
 
     `append` never waits for the database and never fails: while PostgreSQL is away the queue holds up to `capacity`
@@ -38,35 +38,27 @@ class BatchWriter(Generic[T]):
 
     Args:
         database_url: the predictions database.
-        insert: writes items in one transaction of the connection that it is given. It may be called again with the
-            same items, where the connection broke off, and must then change nothing.
-        rows_of: how many rows an item makes.
-        logger: where an outage is told, and its end.
-        name: what the log is called there; in lower case and with dashes it is the thread's name.
         capacity: rows kept in memory at most.
         flush_every: seconds until a row is written at the latest, where the database answers.
         batch_rows: rows written in one transaction at most; so many waiting are written at once.
         longest_pause: seconds between two tries at most, while the database is away.
     """
 
+    _logger: ClassVar[logging.Logger]
+    """Where an outage is told, and its end."""
+    _name: ClassVar[str]
+    """What the log is called there; in lower case and with dashes it is the thread's name."""
+
     def __init__(
         self,
         database_url: str,
         *,
-        insert: Callable[[Connection, list[T]], None],
-        rows_of: Callable[[T], int],
-        logger: logging.Logger,
-        name: str,
-        capacity: int,
-        flush_every: float,
-        batch_rows: int,
-        longest_pause: float,
+        capacity: int = 20_000,
+        flush_every: float = 0.2,
+        batch_rows: int = 500,
+        longest_pause: float = 2.0,
     ) -> None:
         self._database_url = database_url
-        self._insert = insert
-        self._rows_of = rows_of
-        self._logger = logger
-        self._name = name
         self._capacity = capacity
         self._flush_every = flush_every
         self._batch_rows = batch_rows
@@ -81,6 +73,17 @@ class BatchWriter(Generic[T]):
         self._hurry = False
         self._closing = False
         self._thread: threading.Thread | None = None
+
+    @abstractmethod
+    def _insert(self, connection: Connection, batch: list[T]) -> None:
+        """Writes items in one transaction of the connection.
+
+        It may be called again with the same items, where the connection broke off, and must then change nothing.
+        """
+
+    @abstractmethod
+    def _rows_of(self, item: T) -> int:
+        """How many rows an item makes."""
 
     def start(self) -> None:
         """Starts the background thread. Call it in the process that predicts, not before a fork."""

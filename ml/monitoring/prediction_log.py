@@ -149,34 +149,16 @@ def record_feedback(database_url: str, request_id: UUID, index: int, label: int)
 class PredictionLog(BatchWriter[LoggedPrediction]):
     """Takes predictions from the request path and writes them to PostgreSQL in the background; see `BatchWriter`.
 
-    Args:
-        database_url: the predictions database.
-        capacity: rows kept in memory at most; a row is 3.2 kB.
-        flush_every: seconds until a row is written at the latest, where the database answers.
-        batch_rows: rows written in one transaction at most; so many waiting are written at once.
-        longest_pause: seconds between two tries at most, while the database is away.
+    A row is 3.2 kB.
     """
 
-    def __init__(
-        self,
-        database_url: str,
-        *,
-        capacity: int = 20_000,
-        flush_every: float = 0.2,
-        batch_rows: int = 500,
-        longest_pause: float = 2.0,
-    ) -> None:
-        super().__init__(
-            database_url,
-            insert=_insert,
-            rows_of=lambda prediction: len(prediction.images),
-            logger=logger,
-            name="Prediction log",
-            capacity=capacity,
-            flush_every=flush_every,
-            batch_rows=batch_rows,
-            longest_pause=longest_pause,
-        )
+    _logger, _name = logger, "Prediction log"
+
+    def _insert(self, connection: Connection, batch: list[LoggedPrediction]) -> None:
+        _insert(connection, batch)
+
+    def _rows_of(self, item: LoggedPrediction) -> int:
+        return len(item.images)
 
     def record_feedback(self, request_id: UUID, index: int, label: int) -> bool:
         """As the function of this name, also for a prediction that is still on its way to the database.

@@ -80,34 +80,16 @@ def read_shadow(
 class ShadowLog(BatchWriter[Mirrored]):
     """Takes what the challenger predicted and writes it to PostgreSQL in the background; see `BatchWriter`.
 
-    Args:
-        database_url: the predictions database.
-        capacity: rows kept in memory at most; a row is 0.2 kB.
-        flush_every: seconds until a row is written at the latest, where the database answers.
-        batch_rows: rows written in one transaction at most; so many waiting are written at once.
-        longest_pause: seconds between two tries at most, while the database is away.
+    A row is 0.2 kB.
     """
 
-    def __init__(
-        self,
-        database_url: str,
-        *,
-        capacity: int = 20_000,
-        flush_every: float = 0.2,
-        batch_rows: int = 500,
-        longest_pause: float = 2.0,
-    ) -> None:
-        super().__init__(
-            database_url,
-            insert=_insert,
-            rows_of=lambda mirrored: len(mirrored.champion_classes),
-            logger=logger,
-            name="Shadow log",
-            capacity=capacity,
-            flush_every=flush_every,
-            batch_rows=batch_rows,
-            longest_pause=longest_pause,
-        )
+    _logger, _name = logger, "Shadow log"
+
+    def _insert(self, connection: Connection, batch: list[Mirrored]) -> None:
+        _insert(connection, batch)
+
+    def _rows_of(self, item: Mirrored) -> int:
+        return len(item.champion_classes)
 
 
 def _insert(connection: Connection, batch: list[Mirrored]) -> None:
