@@ -56,6 +56,11 @@ class Settings(BaseSettings):
 
     # Who may call the prediction server, and where everything listens.
     prediction_api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Each the key itself, or `sha256:` and its hash."""
+    prediction_api_keys_file: Path | None = None
+    """Names and hashes of further keys (`cifar10 keys`); read again when it changes."""
+    prediction_rate_limit: float = Field(0, ge=0, allow_inf_nan=False)
+    """Images per second that one caller gets; 0: as many as it asks for. A key's own limit stands above it."""
     api_keyless_hosts: Annotated[tuple[HostName, ...], NoDecode] = ()
     """Names under which a server whose port is published on loopback alone answers its neighbours without a key;
     see `deploy.server.access`."""
@@ -84,6 +89,8 @@ class Settings(BaseSettings):
     """Per window and over all columns together."""
     retrain_cooldown_minutes: float = Field(360, ge=0)
     alert_webhook_url: SecretStr | None = None
+    otel_exporter_otlp_endpoint: Address | None = None
+    """Where the prediction server sends its spans (OTLP over HTTP); without it there are none."""
 
     @field_validator("prediction_api_keys", "api_keyless_hosts", mode="before")
     @classmethod
@@ -92,10 +99,10 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("mlops_var_dir", "gate_policy")
+    @field_validator("mlops_var_dir", "gate_policy", "prediction_api_keys_file")
     @classmethod
-    def _make_path_absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _make_path_absolute(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser().absolute()
 
     @field_validator("cifar10_source", "vgg16_weights", "mlops_data_url")
     @classmethod
@@ -103,6 +110,12 @@ class Settings(BaseSettings):
         # A relative path means the folder where the command was typed; Airflow's tasks run elsewhere.
         is_path = value not in _WORDS and "://" not in value
         return str(Path(value).expanduser().absolute()) if is_path else value
+
+    @property
+    def own_api_key(self) -> str | None:
+        """The key with which parts of this system call the server: the first that is set and not hashed."""
+        keys = (key.get_secret_value() for key in self.prediction_api_keys)
+        return next((key for key in keys if not key.startswith("sha256:")), None)
 
     @property
     def data_url(self) -> str:

@@ -59,7 +59,7 @@ async def _ask(client: httpx.AsyncClient, url: str) -> str:
 
 def _key() -> dict[str, str | bytes]:
     keys = os.environ.get("PREDICTION_API_KEYS", "").split(",")
-    first = next((key.strip() for key in keys if key.strip()), None)
+    first = next((key.strip() for key in keys if key.strip() and not key.strip().startswith("sha256:")), None)
     return {"X-API-Key": first.encode()} if first else {}
 
 

@@ -1,4 +1,4 @@
-"""Who may call: API keys, or, where none are set, this machine alone.
+"""Who may call, and how much: API keys, or, where none are set, this machine alone; images per second.
 
 Without keys the server must be safe on a laptop: it answers loopback callers only, and no web page of another site
 that the laptop's browser happens to show (DNS rebinding, cross-site forms).
@@ -10,14 +10,18 @@ of other sites stay out. That is as safe as loopback where the port is published
 the container's networks is one's own. It is for development: production refuses it.
 """
 
-import hmac
 import ipaddress
+import time
+from functools import lru_cache
 from urllib.parse import urlsplit
 
-from flask import Request
+from flask import Request, g, request
 
-from deploy.server.problems import NotAuthorised
+from deploy.server.key_ring import Caller, KeyRing
+from deploy.server.problems import NotAuthorised, RateLimited
+from deploy.server.rate_limit import RateLimiter
 from ml.errors import ConfigurationError
+from ml.serving.decoding import MAX_IMAGES
 from ml.settings import Settings
 
 _SEND_A_KEY = "send 'Authorization: Bearer <key>' (or 'X-API-Key: <key>') with one of the server's PREDICTION_API_KEYS."
@@ -28,9 +32,9 @@ def check_exposure(settings: Settings) -> None:
 
     Raises:
         ConfigurationError: when no key is set and either `api_host` is not loopback while `api_keyless_hosts` is
-            empty, or `api_keyless_hosts` is set in production.
+            empty, or `api_keyless_hosts` is set in production; when the keys that are set cannot be read.
     """
-    if settings.prediction_api_keys:
+    if KeyRing(settings.prediction_api_keys, settings.prediction_api_keys_file).asks:
         return
     if settings.api_keyless_hosts and settings.mlops_env == "production":
         raise ConfigurationError(
@@ -49,37 +53,67 @@ class Gate:
     """Lets a request pass or raises."""
 
     def __init__(self, settings: Settings) -> None:
-        self._keys = tuple(key.get_secret_value().encode() for key in settings.prediction_api_keys)
+        """Reads the keys. Raises ConfigurationError where they cannot be read."""
+        self._ring = KeyRing(settings.prediction_api_keys, settings.prediction_api_keys_file)
+        self._asks = self._ring.asks
+        self._limiter = RateLimiter(MAX_IMAGES, time.monotonic_ns)
+        self._rate = settings.prediction_rate_limit
         self._keyless_hosts = frozenset(settings.api_keyless_hosts)
         self._is_published = bool(self._keyless_hosts) and not _is_loopback(settings.api_host)
 
     @property
     def asks_for_key(self) -> bool:
         """Whether callers need a key."""
-        return bool(self._keys)
+        return self._asks
 
-    def check(self, request: Request) -> None:
-        """Raises NotAuthorised, with what to do about it, for a caller that may not pass."""
-        if self._keys:
-            self._check_key(request)
-        else:
-            self._check_local(request)
+    def check(self, request: Request) -> Caller:
+        """Who calls. Raises NotAuthorised, with what to do about it, for a caller that may not pass."""
+        return self._holder(request) if self._asks else self._neighbour(request)
 
-    def _check_key(self, request: Request) -> None:
+    def enter(self) -> None:
+        """Checks the present request and keeps who it is from as `g.caller`."""
+        g.caller = self.check(request)
+
+    def enter_metered(self) -> None:
+        """As `enter`; raises RateLimited where the caller has nothing left, so that its body need not be read."""
+        g.caller = self.check(request)
+        self._take(1, kept=False)
+
+    def charge(self, images: int) -> None:
+        """Takes so many images off what the present caller may have. Raises RateLimited where it has too few left."""
+        self._take(images, kept=True)
+
+    def _take(self, images: int, *, kept: bool) -> None:
+        caller: Caller = g.caller
+        rate = caller.limit or self._rate
+        if not rate:
+            return
+        seconds = self._limiter.take(caller.name, images, rate) if kept else self._limiter.wait(caller.name, 1, rate)
+        if seconds:
+            most = self._limiter.burst(rate)
+            raise RateLimited(
+                f"{caller.name} may have {rate:g} images per second predicted, and {most} at once.",
+                fix=f"send it again after {seconds} s, or ask the operator for a higher limit.",
+                retry_after=seconds,
+            )
+
+    def _holder(self, request: Request) -> Caller:
         given = _given_key(request)
         if given is None:
             raise NotAuthorised("This server asks for a key.", fix=_SEND_A_KEY)
-        # All keys are compared, each in constant time, so that the time tells nothing about any of them.
-        if not sum([hmac.compare_digest(given, key) for key in self._keys]):
+        caller = self._ring.caller(given)
+        if caller is None:
             raise NotAuthorised("The key is not one of this server's.", fix=_SEND_A_KEY)
+        return caller
 
-    def _check_local(self, request: Request) -> None:
+    def _neighbour(self, request: Request) -> Caller:
         fix = (
             "call it from its own machine as http://127.0.0.1, or have its operator set PREDICTION_API_KEYS "
             "(or, in a container, API_KEYLESS_HOSTS)."
         )
         forwarded = "X-Forwarded-For" in request.headers or "Forwarded" in request.headers
-        if forwarded or not (self._is_published or _is_loopback(request.remote_addr or "")):
+        address = request.remote_addr or ""
+        if forwarded or not (self._is_published or _is_loopback(address)):
             raise NotAuthorised("Without keys this server answers callers on its own machine only.", fix=fix)
         name = urlsplit(f"//{request.host}").hostname or ""
         if not _is_loopback(name) and name not in self._keyless_hosts:
@@ -87,6 +121,7 @@ class Gate:
         origin = request.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != request.host:
             raise NotAuthorised("Without keys this server answers no pages of other sites.", fix=fix)
+        return Caller(address)
 
 
 def _given_key(request: Request) -> bytes | None:
@@ -101,6 +136,7 @@ def _raw(header: str) -> bytes:
     return header.strip().encode("latin-1", "replace")  # WSGI hands bytes on as latin-1
 
 
+@lru_cache(maxsize=1024)  # asked twice for each request, always of the same few
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

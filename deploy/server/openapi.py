@@ -1,292 +1,118 @@
-"""The interface as OpenAPI 3.1. A test holds it against the app: every route is here, and real replies fit it."""
+"""The interface as OpenAPI 3.1, made of the app itself: its routes, what stands beside each, and `messages`' types.
 
-from typing import Any
+Tests hold real replies against it.
+"""
 
-from deploy.server.bodies import FIELD, MAX_BODY_BYTES
-from ml.datasets.labels import CLASS_NAMES, NUM_CLASSES
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+from flask import Flask
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
+from pydantic_core import core_schema
+
+from deploy.server import messages
+from deploy.server.bodies import MAX_BODY_BYTES
 from ml.serving.decoding import FORMATS, MAX_IMAGES, MAX_PIXELS
 
 Json = dict[str, Any]
+View = TypeVar("View", bound=Callable[..., Any])
 
-_UUID: Json = {"type": "string", "format": "uuid"}
-_TIME: Json = {"type": "string", "format": "date-time"}
-_PROBABILITY: Json = {"type": "number", "minimum": 0, "maximum": 1}
-_BASE64: Json = {"type": "string", "contentEncoding": "base64"}
-_LABEL: Json = {"type": "string", "enum": list(CLASS_NAMES)}
-_PIXELS: Json = {
-    "type": "array",
-    "description": "height x width x 3, RGB, 0-255; resized to 32x32",
-    "items": {
-        "type": "array",
-        "items": {
-            "type": "array",
-            "minItems": 3,
-            "maxItems": 3,
-            "items": {"type": "number", "minimum": 0, "maximum": 255},
-        },
-    },
-}
-
-
-def _object(required: Json, optional: Json | None = None) -> Json:
-    return {
-        "type": "object",
-        "required": list(required),
-        "properties": {**required, **(optional or {})},
-        "additionalProperties": False,
-    }
-
-
-def _list(items: Json) -> Json:
-    return {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": items}
-
-
-def _ref(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-_DATA: Json = {"type": "string", "description": "what it learnt from: cifar-10, or SYNTHETIC", "examples": ["cifar-10"]}
-_MODEL: Json = {
-    "name": {"type": "string", "examples": ["cifar10-classifier"]},
-    "version": {"type": "integer", "minimum": 1},
-    "alias": {
-        "type": "string",
-        "description": "challenger where it is on trial, and this request was one of its share",
-        "examples": ["champion"],
-    },
-    "data": _DATA,
-}
-
-_FAILURE: Json = {
-    "oneOf": [
-        {"type": "null"},
-        _object({"at": _TIME, "version": {"type": ["integer", "null"]}, "message": {"type": "string"}}),
-    ],
-}
-
-
-def _images(what: str) -> Json:
-    return {"type": "integer", "minimum": 0, "description": f"images since the server started: {what}"}
-
-
-_SCHEMAS: Json = {
-    "Model": _object(_MODEL, {"weights": {"const": "RANDOM WEIGHTS", "description": "stands only where it is so"}}),
-    "Prediction": _object(
-        {
-            "label": _LABEL,
-            "class_id": {"type": "integer", "minimum": 0, "maximum": NUM_CLASSES - 1},
-            "probability": _PROBABILITY,
-            "probabilities": _object(dict.fromkeys(CLASS_NAMES, _PROBABILITY)),
-        },
-        {"image": {**_BASE64, "contentMediaType": "image/png", "description": "with ?include=image: what it saw"}},
-    ),
-    "Predictions": _object(
-        {"request_id": _UUID, "model": _ref("Model"), "predictions": {"type": "array", "items": _ref("Prediction")}}
-    ),
-    "Images": {
-        "oneOf": [
-            _object({"image": {**_BASE64, "description": "a PNG, JPEG or WebP file, also as a data: URL"}}),
-            _object({"images": _list(_BASE64)}),
-            _object({"instances": _list(_PIXELS)}),
-        ]
-    },
-    "MlflowInput": {
-        "oneOf": [
-            _object({name: _list(_PIXELS)}, {"params": {"type": ["object", "null"], "maxProperties": 0}})
-            for name in ("instances", "inputs")
-        ]
-    },
-    "MlflowPredictions": _object(
-        {
-            "predictions": {
-                "type": "array",
-                "items": {"type": "array", "minItems": NUM_CLASSES, "maxItems": NUM_CLASSES, "items": _PROBABILITY},
-            }
-        }
-    ),
-    "Feedback": _object(
-        {"request_id": {**_UUID, "description": "of a reply of /v1/predict"}, "label": _LABEL},
-        {"index": {"type": "integer", "minimum": 0, "default": 0, "description": "which of the reply's predictions"}},
-    ),
-    "FeedbackKept": _object({"request_id": _UUID, "index": {"type": "integer", "minimum": 0}, "label": _LABEL}),
-    "ModelState": _object(
-        {
-            **_MODEL,
-            "architecture": {"type": "string"},
-            "weights": {"type": "string", "description": "what training started from"},
-            "loaded_at": _TIME,
-            "swaps": {"type": "integer", "minimum": 1},
-            "failed_swaps": {"type": "integer", "minimum": 0},
-            "failure": {
-                "description": "what went wrong last and is not mended yet; the model above goes on serving",
-                **_FAILURE,
-            },
-            "challenger": {
-                "description": "the version that gets a share of the traffic; null where none does",
-                "oneOf": [{"type": "null"}, _ref("Challenger")],
-            },
-        }
-    ),
-    "Challenger": _object(
-        {
-            "version": {"type": ["integer", "null"], "description": "null where what is set cannot be read"},
-            "mode": {
-                "enum": ["mirror", "canary", None],
-                "description": "mirror: the champion answers, and it sees the same images; canary: it answers",
-            },
-            "share": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "description": "of requests"},
-            "loaded": {"type": "boolean"},
-            "answered": _images("of callers, which it answered"),
-            "mirrored": _images("that it was shown unseen"),
-            "disagreed": _images("of those, on which it said another class than the champion"),
-            "failed": _images("on which it failed; the champion answered"),
-            "dropped": _images("not mirrored, since too many waited"),
-            "failure": {"description": "why it gets nothing, or what could not be asked since", **_FAILURE},
-        }
-    ),
-    "Alive": _object({"status": {"const": "alive"}}),
-    "Ready": _object({"status": {"const": "ready"}, "model": _ref("Model")}),
-    "Problem": _object(
-        {
-            "type": {"type": "string", "format": "uri"},
-            "title": {"type": "string"},
-            "status": {"type": "integer", "minimum": 400, "maximum": 599},
-            "detail": {"type": "string", "description": "what is wrong, and how to mend it"},
-            "instance": {"type": "string", "format": "uri"},
-            "request_id": _UUID,
-        }
-    ),
-}
-
+_JSON = "application/json"
 _PROBLEMS = {
     400: "The body cannot be decoded",
     401: "The key is missing or wrong",
-    404: "No such prediction",
+    404: "There is no such thing",
     413: f"More than {MAX_BODY_BYTES // 1_000_000} MB, {MAX_PIXELS // 1_000_000} megapixels or {MAX_IMAGES} images",
-    415: "A content type that is not taken, or that the body is not of",
-    422: "A shape, range or label that is not valid",
+    415: "A content type or encoding that is not taken, or that the body is not of",
+    422: "A shape, range, label or query parameter that is not valid",
+    429: "More images per second than this caller may have: try again after Retry-After seconds",
     500: "The server failed",
     503: "Not available at the moment: try again after Retry-After seconds",
 }
+_RETRIED = (429, 503)
 
 
-def _json_body(schema: str) -> Json:
-    return {"application/json": {"schema": _ref(schema)}}
+@dataclass(frozen=True)
+class Reply:
+    """What a route answers when all is well: a type of `messages`, or another media type, or nothing at all."""
+
+    description: str
+    message: Any = None
+    media_type: str = _JSON
+    schema: Json | None = None
 
 
-def _problems(*statuses: int) -> Json:
-    return {
-        str(status): {
-            "description": _PROBLEMS[status],
-            "content": {"application/problem+json": {"schema": _ref("Problem")}},
-            **({"headers": {"Retry-After": {"schema": {"type": "integer"}}}} if status == 503 else {}),
-        }
-        for status in statuses
-    }
+@dataclass(frozen=True)
+class Operation:
+    """What `describes` keeps of a view."""
+
+    summary: str
+    replies: Mapping[int, Reply]
+    problems: tuple[int, ...]
+    takes: Any
+    takes_files: bool
+    takes_request_id: bool
+    query: Mapping[str, Json] = field(default_factory=dict)
+    open_to_all: bool = False
 
 
-def _operation(summary: str, done: Json, *problems: int, open_to_all: bool = False, **more: Any) -> Json:
-    return {
-        "summary": summary,
-        **more,
-        "responses": {**done, **_problems(*problems)},
-        **({"security": []} if open_to_all else {}),
-    }
+def describes(
+    summary: str,
+    replies: Mapping[int, Reply],
+    *problems: int,
+    takes: Any = None,
+    takes_files: bool = False,
+    takes_request_id: bool = False,
+    query: Mapping[str, Json] | None = None,
+    open_to_all: bool = False,
+) -> Callable[[View], View]:
+    """Beside a route: what the document says of it.
+
+    Args:
+        summary: one line.
+        replies: by status, where all is well.
+        problems: the statuses of its errors.
+        takes: the type of its JSON body, of `messages`; None: it takes no body.
+        takes_files: whether it takes image files too, as they are and as a form.
+        takes_request_id: whether X-Request-ID makes a repeat safe.
+        query: its query parameters, each with its schema.
+        open_to_all: whether it needs no key.
+    """
+    operation = Operation(summary, replies, problems, takes, takes_files, takes_request_id, query or {}, open_to_all)
+
+    def keep(view: View) -> View:
+        view.operation = operation  # type: ignore[attr-defined]
+        return view
+
+    return keep
 
 
-def _answer(description: str, schema: str) -> Json:
-    return {"description": description, "content": _json_body(schema)}
+def describe_static(app: Flask) -> None:
+    """Describes Flask's own route for files."""
+    replies = {200: Reply("A file", media_type="text/css", schema={"type": "string"})}
+    describes("The page's files", replies, 404, open_to_all=True)(app.view_functions["static"])
 
 
-def _text(description: str, kind: str) -> Json:
-    return {"200": {"description": description, "content": {kind: {"schema": {"type": "string"}}}}}
+def describe(app: Flask) -> Json:
+    """The whole document of an app, JSON-able.
 
-
-_REQUEST_ID: Json = {
-    "name": "X-Request-ID",
-    "in": "header",
-    "description": "a UUID of the caller's own, which makes a repeat safe: the same id is logged once",
-    "schema": _UUID,
-}
-_FILES: Json = {
-    "multipart/form-data": {"schema": _object({FIELD: _list({"type": "string", "contentMediaType": "image/*"})})}
-}
-
-
-def _paths() -> Json:
-    raw: Json = {kind: {"schema": {}} for kind in FORMATS}
-    include = {"name": "include", "in": "query", "schema": {"const": "image"}}
-    return {
-        "/v1/predict": {
-            "post": _operation(
-                "Say what images show",
-                {"200": _answer("One prediction for each image, in their order", "Predictions")},
-                *(400, 401, 413, 415, 422, 500, 503),
-                parameters=[_REQUEST_ID, include],
-                requestBody={"required": True, "content": {**raw, **_FILES, **_json_body("Images")}},
-            )
-        },
-        "/v1/feedback": {
-            "post": _operation(
-                "Say what an image really shows; the latest word counts",
-                {
-                    "201": _answer("Kept", "FeedbackKept"),
-                    "200": _answer("Kept instead of what was said before", "FeedbackKept"),
-                },
-                *(400, 401, 404, 413, 415, 422, 503),
-                requestBody={"required": True, "content": _json_body("Feedback")},
-            )
-        },
-        "/invocations": {
-            "post": _operation(
-                "MLflow's scoring protocol",
-                {"200": _answer("Ten probabilities for each image", "MlflowPredictions")},
-                *(400, 401, 413, 415, 422, 500, 503),
-                parameters=[_REQUEST_ID],
-                requestBody={"required": True, "content": _json_body("MlflowInput")},
-            )
-        },
-        "/v1/model": {
-            "get": _operation("The model that answers", {"200": _answer("Its state", "ModelState")}, 401, 503)
-        },
-        "/metrics": {"get": _operation("Figures for Prometheus", _text("Text exposition", "text/plain"), 401)},
-        "/healthz": {"get": _operation("Is the process alive?", {"200": _answer("It is", "Alive")}, open_to_all=True)},
-        "/readyz": {"get": _operation("Can it predict?", {"200": _answer("It can", "Ready")}, 503, open_to_all=True)},
-        "/ping": {
-            "get": _operation(
-                "MLflow's scoring protocol: can it predict?",
-                {"200": {"description": "It can; an empty line", "content": {"application/json": {}}}},
-                503,
-                open_to_all=True,
-            )
-        },
-        "/openapi.json": {
-            "get": _operation(
-                "This document",
-                {
-                    "200": {
-                        "description": "OpenAPI 3.1",
-                        "content": {"application/json": {"schema": {"type": "object"}}},
-                    }
-                },
-                open_to_all=True,
-            )
-        },
-        "/": {"get": _operation("A page to try it", _text("HTML", "text/html"), open_to_all=True)},
-        "/static/{filename}": {
-            "get": _operation(
-                "The page's files",
-                _text("A file", "text/css"),
-                404,
-                open_to_all=True,
-                parameters=[{"name": "filename", "in": "path", "required": True, "schema": {"type": "string"}}],
-            )
-        },
-    }
-
-
-def describe() -> Json:
-    """The whole document, JSON-able."""
+    Raises:
+        LookupError: a route has nothing beside it.
+    """
+    paths: Json = {}
+    for rule in app.url_map.iter_rules():
+        operation = getattr(app.view_functions[rule.endpoint], "operation", None)
+        if operation is None:
+            raise LookupError(f"The route {rule.rule} is not described. Fix: put @describes(...) on its view.")
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        described = _operation(operation, sorted(rule.arguments))
+        paths.setdefault(path, {}).update(
+            {method.lower(): described for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
+        )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -296,12 +122,107 @@ def describe() -> Json:
             "where the server has any; without keys it answers its own machine alone.",
         },
         "security": [{"bearer": []}, {"header": []}],
-        "paths": _paths(),
+        "paths": dict(sorted(paths.items())),
         "components": {
-            "schemas": _SCHEMAS,
+            "schemas": _schemas()[1],
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
             },
         },
     }
+
+
+def _operation(operation: Operation, arguments: list[str]) -> Json:
+    parameters = [
+        *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in arguments),
+        *([_REQUEST_ID] if operation.takes_request_id else []),
+        *({"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()),
+    ]
+    return {
+        "summary": operation.summary,
+        **({"parameters": parameters} if parameters else {}),
+        **({"requestBody": _request_body(operation)} if operation.takes else {}),
+        "responses": {
+            **{str(status): _reply(reply) for status, reply in operation.replies.items()},
+            **{str(status): _problem(status) for status in operation.problems},
+        },
+        **({"security": []} if operation.open_to_all else {}),
+    }
+
+
+def _request_body(operation: Operation) -> Json:
+    files: Json = {}
+    if operation.takes_files:
+        files = {kind: {"schema": {}} for kind in FORMATS}
+        files["multipart/form-data"] = {"schema": _schema_of(messages.Form)}
+    return {"required": True, "content": {**files, _JSON: {"schema": _schema_of(operation.takes)}}}
+
+
+def _reply(reply: Reply) -> Json:
+    schema = reply.schema if reply.message is None else _schema_of(reply.message)
+    return {
+        "description": reply.description,
+        "content": {reply.media_type: {} if schema is None else {"schema": schema}},
+    }
+
+
+def _problem(status: int) -> Json:
+    retried = {"headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}}}
+    return {
+        "description": _PROBLEMS[status],
+        "content": {"application/problem+json": {"schema": _schema_of(messages.Problem)}},
+        **(retried if status in _RETRIED else {}),
+    }
+
+
+def _schema_of(message: Any) -> Json:
+    return _schemas()[0][message.__name__]
+
+
+class _Plain(GenerateJsonSchema):
+    """Without the titles that only repeat a field's name."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002 - the base class's signature
+        """Never."""
+        return False
+
+    def typed_dict_schema(self, schema: core_schema.TypedDictSchema) -> JsonSchemaValue:
+        """As it is; its name is the component's."""
+        made = super().typed_dict_schema(schema)
+        made.pop("title", None)
+        return made
+
+
+_TAKEN = (messages.Images, messages.MlflowInput, messages.Feedback, messages.Form)
+_SAID = (
+    messages.Predictions,
+    messages.MlflowPredictions,
+    messages.FeedbackKept,
+    messages.ModelState,
+    messages.Alive,
+    messages.Ready,
+    messages.Problem,
+)
+
+
+@cache
+def _schemas() -> tuple[dict[str, Json], Json]:
+    """References to each message by its name, and what they refer to. They are the same for every app."""
+    kinds: list[tuple[Any, JsonSchemaMode]] = [
+        *((message, "validation") for message in _TAKEN),
+        *((message, "serialization") for message in _SAID),
+    ]
+    inputs = [(message.__name__, mode, TypeAdapter(message)) for message, mode in kinds]
+    references, definitions = TypeAdapter.json_schemas(
+        inputs, ref_template="#/components/schemas/{model}", schema_generator=_Plain
+    )
+    return {name: schema for (name, _), schema in references.items()}, definitions["$defs"]
+
+
+_REQUEST_ID: Json = {
+    "name": "X-Request-ID",
+    "in": "header",
+    "description": "a UUID of the caller's own, which makes a repeat safe: the same id is logged once",
+    "schema": {"type": "string", "format": "uuid"},
+}

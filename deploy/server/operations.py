@@ -2,12 +2,14 @@
 
 from dataclasses import asdict
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, current_app, jsonify, request
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from deploy.server import openapi
+from deploy.server import messages
 from deploy.server.access import Gate
+from deploy.server.bodies import check_query
 from deploy.server.metrics import ServerMetrics
+from deploy.server.openapi import Reply, describe, describes
 from deploy.server.predictions import model_json
 from ml.serving.hot_swap import Challenger, Failure
 from ml.serving.router import Counts, Follower, Router
@@ -16,29 +18,38 @@ from ml.serving.router import Counts, Follower, Router
 def blueprint(follower: Follower, router: Router, gate: Gate, metrics: ServerMetrics) -> Blueprint:
     """GET /healthz, /readyz, /ping, /v1/model, /metrics, /openapi.json."""
     routes = Blueprint("operations", __name__)
-    description = openapi.describe()
+
+    def enter() -> None:
+        gate.enter()
+        check_query(request)
 
     @routes.get("/healthz")
+    @describes("Is the process alive?", {200: Reply("It is", messages.Alive)}, open_to_all=True)
     def healthz() -> Response:
         """Liveness alone: a server that waits for its model must not be killed for it."""
         return jsonify(status="alive")
 
     @routes.get("/readyz")
+    @describes("Can it predict?", {200: Reply("It can", messages.Ready)}, 503, open_to_all=True)
     def readyz() -> Response:
         model = follower.current()
         return jsonify(status="ready", model=model_json(model))
 
     @routes.get("/ping")
+    @describes(
+        "MLflow's scoring protocol: can it predict?", {200: Reply("It can; an empty line")}, 503, open_to_all=True
+    )
     def ping() -> Response:
         """MLflow's scoring protocol: an empty 200 where it can predict."""
         follower.current()
         return Response("\n", content_type="application/json")
 
     @routes.get("/v1/model")
+    @describes("The model that answers", {200: Reply("Its state", messages.ModelState)}, 401, 422, 503)
     def model() -> Response:
-        gate.check(request)
+        enter()
         loaded, state = follower.current(), follower.state()
-        return jsonify(
+        said = messages.ModelState(
             name=loaded.name,
             version=loaded.version,
             alias=loaded.alias,
@@ -51,35 +62,42 @@ def blueprint(follower: Follower, router: Router, gate: Gate, metrics: ServerMet
             failure=_failure_json(state.failure),
             challenger=_challenger_json(state.challenger, router),
         )
+        return jsonify(said)
 
     @routes.get("/metrics")
+    @describes(
+        "Figures for Prometheus",
+        {200: Reply("Text exposition", media_type="text/plain", schema={"type": "string"})},
+        *(401, 422),
+    )
     def figures() -> Response:
-        gate.check(request)
+        enter()
         return Response(metrics.exposition(), content_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/openapi.json")
+    @describes("This document", {200: Reply("OpenAPI 3.1", schema={"type": "object"})}, open_to_all=True)
     def interface() -> Response:
-        return jsonify(description)
+        return jsonify(describe(current_app))
 
     return routes
 
 
-def _challenger_json(challenger: Challenger | None, router: Router) -> dict[str, object] | None:
+def _challenger_json(challenger: Challenger | None, router: Router) -> messages.Challenger | None:
     if challenger is None:
         return None
     traffic = challenger.traffic
     counts = router.state().counts.get(traffic.version, Counts()) if traffic else Counts()
-    return {
-        "version": traffic and traffic.version,
-        "mode": traffic and traffic.mode,
-        "share": traffic and traffic.share,
-        "loaded": challenger.model is not None,
+    return messages.Challenger(
+        version=traffic and traffic.version,
+        mode=traffic and traffic.mode,
+        share=traffic and traffic.share,
+        loaded=challenger.model is not None,
         **asdict(counts),
-        "failure": _failure_json(challenger.failure),
-    }
+        failure=_failure_json(challenger.failure),
+    )
 
 
-def _failure_json(failure: Failure | None) -> dict[str, object] | None:
+def _failure_json(failure: Failure | None) -> messages.Failure | None:
     if failure is None:
         return None
-    return {"at": failure.at.isoformat(), "version": failure.version, "message": failure.message}
+    return messages.Failure(at=failure.at.isoformat(), version=failure.version, message=failure.message)

@@ -4,6 +4,7 @@ from flask import Blueprint, render_template
 
 from deploy.server.access import Gate
 from deploy.server.bodies import MAX_BODY_BYTES
+from deploy.server.openapi import Reply, describes
 from ml.datasets.labels import CLASS_NAMES
 from ml.serving.decoding import FORMATS, MAX_PIXELS
 
@@ -13,6 +14,11 @@ def blueprint(gate: Gate) -> Blueprint:
     routes = Blueprint("page", __name__)
 
     @routes.get("/")
+    @describes(
+        "A page to try it",
+        {200: Reply("HTML", media_type="text/html", schema={"type": "string"})},
+        open_to_all=True,
+    )
     def index() -> str:
         return render_template(
             "page.html",

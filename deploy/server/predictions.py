@@ -3,16 +3,19 @@
 import base64
 import io
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Final, Protocol
 from uuid import UUID
 
 import numpy as np
 from flask import Blueprint, Response, g, jsonify, request
 from PIL import Image
 
+from deploy.server import messages
 from deploy.server.access import Gate
-from deploy.server.bodies import images_of, json_of
+from deploy.server.bodies import check_query, images_of, json_of
 from deploy.server.metrics import ServerMetrics
+from deploy.server.openapi import Reply, describes
+from deploy.server.request_context import Stage
 from ml.datasets.labels import CLASS_NAMES
 from ml.errors import InputInvalid
 from ml.monitoring.batch_writer import LogState
@@ -21,7 +24,10 @@ from ml.serving.decoding import images_from_mlflow
 from ml.serving.hot_swap import LoadedModel
 from ml.serving.router import Follower, Router
 
-RANDOM_WEIGHTS = "RANDOM WEIGHTS"
+RANDOM_WEIGHTS: Final = "RANDOM WEIGHTS"
+
+
+_QUERY = frozenset({"include"})
 
 
 class Log(Protocol):
@@ -40,63 +46,97 @@ class Log(Protocol):
 def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics: ServerMetrics) -> Blueprint:
     """POST /v1/predict, POST /v1/feedback, POST /invocations."""
     routes = Blueprint("predictions", __name__)
-    routes.before_request(lambda: gate.check(request))
+    routes.before_request(gate.enter_metered)
 
     def predict_and_log(images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
-        model, probabilities = router.predict(g.request_id, images)
+        gate.charge(len(images))
+        with Stage("predict") as predicting:
+            model, probabilities = router.predict(g.request_id, images)
+            predicting.attributes = {"cifar10.model.version": model.version, "cifar10.batch.size": len(images)}
         g.images = len(images)
         metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version)
-        log.append(
-            LoggedPrediction(
-                request_id=g.request_id,
-                created_at=datetime.now(UTC),
-                model_name=model.name,
-                model_version=model.version,
-                probabilities=probabilities,
-                images=images,
+        with Stage("log"):
+            log.append(
+                LoggedPrediction(
+                    request_id=g.request_id,
+                    created_at=datetime.now(UTC),
+                    model_name=model.name,
+                    model_version=model.version,
+                    probabilities=probabilities,
+                    images=images,
+                )
             )
-        )
         return model, probabilities
 
     @routes.post("/v1/predict")
+    @describes(
+        "Say what images show",
+        {200: Reply("One prediction for each image, in their order", messages.Predictions)},
+        *(400, 401, 413, 415, 422, 429, 500, 503),
+        takes=messages.Images,
+        takes_files=True,
+        takes_request_id=True,
+        query={"include": {"const": "image"}},
+    )
     def predict() -> Response:
         with_image = _wants_image()
         follower.current()  # no use reading ten megabytes when nothing can answer
-        images = images_of(request)
+        with Stage("decode"):
+            images = images_of(request)
         model, probabilities = predict_and_log(images)
         predictions = [prediction_json(row) for row in probabilities]
         if with_image:
             for prediction, image in zip(predictions, images, strict=True):
                 prediction["image"] = _png(image)
-        return jsonify(request_id=str(g.request_id), model=model_json(model), predictions=predictions)
+        said = messages.Predictions(request_id=str(g.request_id), model=model_json(model), predictions=predictions)
+        return jsonify(said)
 
     @routes.post("/invocations")
+    @describes(
+        "MLflow's scoring protocol",
+        {200: Reply("Ten probabilities for each image", messages.MlflowPredictions)},
+        *(400, 401, 413, 415, 422, 429, 500, 503),
+        takes=messages.MlflowInput,
+        takes_request_id=True,
+    )
     def invocations() -> Response:
+        check_query(request)
         follower.current()
-        _, probabilities = predict_and_log(images_from_mlflow(json_of(request)))
-        return jsonify(predictions=probabilities.tolist())
+        with Stage("decode"):
+            images = images_from_mlflow(json_of(request))
+        _, probabilities = predict_and_log(images)
+        return jsonify(messages.MlflowPredictions(predictions=probabilities.tolist()))
 
     @routes.post("/v1/feedback")
+    @describes(
+        "Say what an image really shows; the latest word counts",
+        {
+            201: Reply("Kept", messages.FeedbackKept),
+            200: Reply("Kept instead of what was said before", messages.FeedbackKept),
+        },
+        *(400, 401, 404, 413, 415, 422, 429, 500, 503),
+        takes=messages.Feedback,
+    )
     def feedback() -> tuple[Response, int]:
+        check_query(request)
         request_id, index, label = _feedback_of(json_of(request))
+        gate.charge(1)
         created = log.record_feedback(request_id, index, CLASS_NAMES.index(label))
-        return jsonify(request_id=str(request_id), index=index, label=label), 201 if created else 200
+        said = messages.FeedbackKept(request_id=str(request_id), index=index, label=label)
+        return jsonify(said), 201 if created else 200
 
     return routes
 
 
-def model_json(model: LoadedModel) -> dict[str, object]:
+def model_json(model: LoadedModel) -> messages.Model:
     """How a reply names the model. That it never learnt from real weights is said where it is so."""
-    said: dict[str, object] = {
-        "name": model.name,
-        "version": model.version,
-        "alias": model.alias,
-        "data": model.data,
-    }
-    return {**said, "weights": model.weights} if model.weights == RANDOM_WEIGHTS else said
+    said = messages.Model(name=model.name, version=model.version, alias=model.alias, data=model.data)
+    if model.weights == RANDOM_WEIGHTS:
+        said["weights"] = RANDOM_WEIGHTS
+    return said
 
 
-def prediction_json(probabilities: np.ndarray) -> dict[str, object]:
+def prediction_json(probabilities: np.ndarray) -> messages.Prediction:
     """One image's answer; `probabilities` is float32 (10,)."""
     # Seven digits are what a float32 holds.
     rounded = [round(p, 7) for p in probabilities.tolist()]
@@ -110,7 +150,8 @@ def prediction_json(probabilities: np.ndarray) -> dict[str, object]:
 
 
 def _wants_image() -> bool:
-    wanted = request.args.get("include")
+    check_query(request, _QUERY)
+    wanted = request.args.get("include") if request.environ.get("QUERY_STRING") else None
     if wanted not in (None, "image"):
         raise InputInvalid(f"?include={wanted[:40]} is not known.", fix="leave it out, or send ?include=image.")
     return wanted is not None

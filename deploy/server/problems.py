@@ -21,6 +21,7 @@ from ml.errors import (
     PredictionNotFound,
     ServiceUnavailable,
 )
+from ml.serving.decoding import MAX_IMAGES
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,14 @@ class NotAuthorised(CifarError):
     """No key, a wrong key, or, where no keys are set, a caller that is not on this machine."""
 
 
+class RateLimited(CifarError):
+    """A caller asks for more images per second than it may have."""
+
+    def __init__(self, message: str, *, fix: str, retry_after: int) -> None:
+        super().__init__(message, fix=fix)
+        self.retry_after = retry_after
+
+
 # class: (status, title); the nearest base class counts.
 _KINDS: dict[type[CifarError], tuple[int, str]] = {
     ImageUndecodable: (400, "The body cannot be decoded"),
@@ -40,6 +49,7 @@ _KINDS: dict[type[CifarError], tuple[int, str]] = {
     ImageTooLarge: (413, "Too large"),
     ImageTypeUnsupported: (415, "Type not supported"),
     InputInvalid: (422, "Input not valid"),
+    RateLimited: (429, "Too many images"),
     ServiceUnavailable: (503, "Not available at the moment"),
     CifarError: (500, "The server failed"),
 }
@@ -50,7 +60,7 @@ _HTTP_FIXES = {
     400: "Send a well-formed HTTP request; /openapi.json describes every route.",
     404: "There is nothing at this address; /openapi.json lists every route.",
     405: "This route takes another method: see the Allow header, and /openapi.json.",
-    413: "The body is too large: send at most {limit} MB.",
+    413: f"The body is too large: send at most {{limit}} MB, and at most {MAX_IMAGES} images in a form.",
     415: "This route does not take that content type; /openapi.json says which it takes.",
 }
 
@@ -89,7 +99,10 @@ def _from_ours(error: CifarError) -> Response:
     elif isinstance(error, DatabaseUnavailable):
         logger.warning("%s", error)
         detail = "The prediction log cannot be reached, so nothing was kept. Send it again in a few seconds."
-    return problem(status, title, detail, kind=_dashed(kind.__name__))
+    response = problem(status, title, detail, kind=_dashed(kind.__name__))
+    if isinstance(error, RateLimited):
+        response.headers["Retry-After"] = str(error.retry_after)
+    return response
 
 
 def _from_http(error: HTTPException, limit: int) -> Response:

@@ -1,72 +1,137 @@
-"""What every request gets, whatever its route: an id, a line in the log, figures, headers that keep browsers safe."""
+"""What every request gets, whatever its route: an id, a line in the log, figures, spans, headers that keep browsers
+safe.
+"""
 
 import logging
 import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Protocol
 from uuid import UUID, uuid4
 
 from flask import Flask, Response, g, request
 
 from deploy.server.metrics import ServerMetrics
+from ml.settings import Settings
 
 access = logging.getLogger("deploy.server.access")
 
-_HEADERS = {
+HEADERS = (
     # The page needs its own files and the two ways in which it shows an image; nothing else, and nothing inline.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
-}
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Permissions-Policy", "camera=(), microphone=(), geolocation=()"),
+)
 _QUIET_ROUTES = {"/healthz", "/readyz", "/ping", "/metrics"}
 
 
-def register(app: Flask, metrics: ServerMetrics) -> None:
+class Stage:
+    """A part of a request, timed: `with Stage("decode"):`. The log's line and the request's trace then have it."""
+
+    __slots__ = ("attributes", "name", "seconds", "started")
+
+    def __init__(self, name: str, started: float = 0.0, seconds: float = 0.0, **attributes: str | int | float) -> None:
+        """One that was timed elsewhere goes into `g.stages`, with its start on `time.perf_counter`'s clock."""
+        self.name = name
+        self.started = started
+        self.seconds = seconds
+        self.attributes = attributes
+
+    def __enter__(self) -> "Stage":
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self.started
+        g.stages.append(self)
+
+
+class Recorder(Protocol):
+    """As `deploy.server.tracing.Tracing`."""
+
+    def record(self, fields: dict[str, Any], headers: Any, started: float, stages: Iterable[Stage]) -> str:
+        """Sends the spans of one request on; gives the trace's id."""
+
+
+def register(app: Flask, metrics: ServerMetrics, settings: Settings) -> None:
     """Attaches all of it to `app`."""
+    tracing = _tracing(settings.otel_exporter_otlp_endpoint)
 
     def before() -> None:
         g.started = time.perf_counter()
-        g.request_id = _request_id(request.headers.get("X-Request-ID", ""))
+        g.request_id = _request_id(request.environ.get("HTTP_X_REQUEST_ID", ""))
         g.images = 0
+        g.caller = None
+        g.stages = []
 
     def after(response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule else "unmatched"
+        method, status = request.method, response.status_code
         seconds = time.perf_counter() - g.started
-        metrics.observe(route, request.method, response.status_code, seconds)
+        metrics.observe(route, method, status, seconds)
         response.headers["X-Request-ID"] = str(g.request_id)
-        response.headers.update(_HEADERS)
         if not route.startswith("/static"):
             response.headers.setdefault("Cache-Control", "no-store")
         # Probes come every few seconds: they are worth a line only when they fail.
-        level = logging.DEBUG if route in _QUIET_ROUTES and response.status_code < 400 else logging.INFO
-        access.log(
-            level,
-            "%s %s %d",
-            request.method,
-            route,
-            response.status_code,
-            extra={
-                "fields": {
-                    "method": request.method,
-                    "route": route,
-                    "status": response.status_code,
-                    "ms": round(seconds * 1000, 2),
-                    "images": g.images,
-                    "remote": request.remote_addr,
-                }
-            },
-        )
+        level = logging.DEBUG if route in _QUIET_ROUTES and status < 400 else logging.INFO
+        if tracing is None and not access.isEnabledFor(level):
+            return response
+        fields: dict[str, Any] = {
+            "method": method,
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 2),
+            "images": g.images,
+            "bytes": request.content_length,
+            "remote": request.remote_addr,
+            "caller": g.caller and g.caller.name,
+        }
+        for stage in g.stages:
+            fields[f"{stage.name}_ms"] = round(stage.seconds * 1000, 2)
+        if tracing is not None:
+            fields["trace_id"] = tracing.record(fields, request.headers, g.started, g.stages)
+        access.log(level, "%s %s %d", method, route, status, extra={"fields": fields})
         return response
 
     app.before_request(before)
     app.after_request(after)
+    app.wsgi_app = _with_headers(app.wsgi_app)  # type: ignore[method-assign] - Flask's own way to wrap it
+
+
+def _tracing(endpoint: str | None) -> Recorder | None:
+    if endpoint is None:
+        return None
+    from deploy.server.tracing import Tracing  # noqa: PLC0415 - what nobody asked for is not even loaded
+
+    return Tracing(endpoint)
+
+
+def _with_headers(application: Any) -> Any:
+    """Around the whole app: a reply has these headers wherever it was made, and they cost no look-ups."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            return start_response(status, [*headers, *HEADERS], *((exc_info,) if exc_info else ()))
+
+        return application(environ, start)
+
+    return answer
 
 
 def _request_id(given: str) -> UUID:
     """The caller's id where it is a UUID, else a fresh one: it is a key in the database, so no other text will do."""
-    try:
-        return UUID(given)
-    except ValueError:
-        return uuid4()
+    if given:
+        try:
+            return UUID(given)
+        except ValueError:
+            pass
+    return uuid4()

@@ -90,8 +90,7 @@ class _Loop:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._airflow = airflow_api(settings, load_or_create(settings.mlops_var_dir))
-        keys = settings.prediction_api_keys
-        self._client = CifarClient(urls(settings)["predictions"], keys[0].get_secret_value() if keys else None)
+        self._client = CifarClient(urls(settings)["predictions"], settings.own_api_key)
         self._report = Report()
         self._said = ""
         self._said_at = 0.0

@@ -29,6 +29,11 @@ MAX_PIXELS = 4_000_000
 MAX_TOTAL_PIXELS = 16_000_000
 """Per request: one megabyte of well-compressed images could otherwise keep a core busy for seconds."""
 MAX_IMAGES = 128
+MAX_LISTS = 500_000
+"""Lists and objects in one JSON body: two bytes on the wire can take ninety of memory. Enough for 128 images of 32x32
+or one of 700x700."""
+MAX_SCANS = 64
+"""Of a JPEG file, where a real one has ten: an empty scan is some bytes long and takes the time of a full one."""
 
 # What Pillow's decoders raise on broken files, found by flipping bytes (tests/unit/test_decoding.py).
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error, zlib.error)
@@ -84,7 +89,12 @@ def parse_json(body: bytes) -> dict[str, object]:
     Raises:
         ImageUndecodable: when it is not JSON.
         InputInvalid: when it is JSON and not an object.
+        ImageTooLarge: when it would take far more memory than its length.
     """
+    if body.count(b"[") + body.count(b"{") > MAX_LISTS:
+        raise ImageTooLarge(
+            f"The JSON holds more than {MAX_LISTS} lists.", fix="send large images as PNG, JPEG or WebP files."
+        )
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -186,6 +196,10 @@ def _naming(index: int, count: int) -> Iterator[None]:
 def _open(file: EncodedImage) -> Image.Image:
     if not file.data:
         raise ImageUndecodable("The image is empty.", fix="send the bytes of a PNG, JPEG or WebP file.")
+    if file.data.startswith(b"\xff\xd8") and file.data.count(b"\xff\xda") > MAX_SCANS:
+        raise ImageTooLarge(
+            f"The JPEG file has more than {MAX_SCANS} scans.", fix="save it as a baseline JPEG, or as PNG."
+        )
     try:
         image = Image.open(io.BytesIO(file.data), formats=list(FORMATS.values()))
     except Image.DecompressionBombError as error:
