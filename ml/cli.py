@@ -482,6 +482,69 @@ def migrate(as_json: AsJson = False) -> None:
     _run(work, as_json=as_json)
 
 
+keys = typer.Typer(help="Make, list and revoke keys of the prediction server's callers.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+KeyName = Annotated[str, typer.Argument(help="Of whoever holds the key: letters, digits and . _ -")]
+
+
+def _key_file(settings: Settings) -> Path:
+    if settings.prediction_api_keys_file is None:
+        raise ConfigurationError(
+            "There is no file of API keys: PREDICTION_API_KEYS_FILE is not set.",
+            fix="set it to a path that the prediction server reads too, in the environment or in .env.",
+        )
+    return settings.prediction_api_keys_file
+
+
+@keys.command("add")
+def add_key(
+    name: KeyName,
+    limit: Annotated[
+        float | None, typer.Option(help="Images per second; PREDICTION_RATE_LIMIT where none is given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is shown this once, and only its hash is kept; a running server takes it within a second."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.serving import api_keys
+
+        key, record = api_keys.add_key(_key_file(settings), name, limit)
+        return {"key": key, **record.model_dump(mode="json")}
+
+    _run(work, as_json=as_json)
+
+
+@keys.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """List the keys by name."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.serving import api_keys
+
+        return {"keys": [key.model_dump(mode="json") for key in api_keys.read_keys(_key_file(settings))]}
+
+    def show(found: dict[str, Any]) -> None:
+        table = Table("name", "created", "images/s", "SHA-256")
+        for key in found["keys"]:
+            table.add_row(key["name"], key["created"], f"{key['limit'] or ''}", f"{key['sha256'][:12]}...")
+        Console().print(table)
+
+    _run(work, as_json=as_json, show=show)
+
+
+@keys.command("revoke")
+def revoke_key(name: KeyName, as_json: AsJson = False) -> None:
+    """Take a key out; a running server refuses it within a second."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.serving import api_keys
+
+        return {"revoked": api_keys.revoke_key(_key_file(settings), name).name}
+
+    _run(work, as_json=as_json)
+
+
 @app.command()
 def status(as_json: AsJson = False) -> None:
     """Say what of the local stack runs, and where."""

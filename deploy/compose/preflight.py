@@ -29,6 +29,7 @@ SECRETS = (
     "S3_SECRET_KEY",
 )
 API_KEYS = "PREDICTION_API_KEYS"
+API_KEYS_FILE = "PREDICTION_API_KEYS_FILE"
 FERNET_KEY = "AIRFLOW_FERNET_KEY"
 LISTS = (API_KEYS, FERNET_KEY)
 """Several, separated by commas: the old one and the new one while they are changed."""
@@ -46,7 +47,9 @@ ENVIRONMENTS = ("development", "production")
 
 def unfit(environment: Mapping[str, str]) -> list[str]:
     """What is wrong with the secrets, a line for each; empty where all are fit for production."""
-    found = [(name, _weakness(environment.get(name, ""), name in LISTS)) for name in (*SECRETS, API_KEYS)]
+    # A file of keys is as good as the list, and stands beside it.
+    names = SECRETS if environment.get(API_KEYS_FILE) and not environment.get(API_KEYS) else (*SECRETS, API_KEYS)
+    found = [(name, _weakness(environment.get(name, ""), name in LISTS)) for name in names]
     return [f"{name} {weakness}" for name, weakness in found if weakness]
 
 
@@ -56,7 +59,7 @@ def unusable(environment: Mapping[str, str]) -> list[str]:
     found = [
         f"{name} holds characters that an address or JSON reads otherwise. Fix: letters, digits, _ = . - alone."
         for name, value in values.items()
-        if not FIT.fullmatch(value.replace(",", "") if name in LISTS else value)
+        if not FIT.fullmatch(_parts(name, value))
     ]
     for name, (variable, path) in MOUNTED.items():
         value = environment.get(name, "")
@@ -66,6 +69,13 @@ def unusable(environment: Mapping[str, str]) -> list[str]:
                 f"Fix: {variable}={value} and {name}={path}."
             )
     return found
+
+
+def _parts(name: str, value: str) -> str:
+    """A secret without what may stand around its parts: the commas of a list, and what says that a key is hashed."""
+    if name == API_KEYS:
+        value = re.sub(r"(^|,)\s*sha256:(?=[0-9a-fA-F]{64}(,|$))", ",", value)
+    return value.replace(",", "") if name in LISTS else value
 
 
 def _weakness(value: str, is_list: bool) -> str | None:

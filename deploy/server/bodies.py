@@ -118,7 +118,7 @@ def _files(body: bytes, parameters: dict[str, str]) -> list[EncodedImage]:
             "The form is not multipart/form-data, or is cut short.",
             fix=f"let a library write it: curl -F {FIELD}=@image.png.",
         ) from error
-    unknown = sorted({*files, *form} - {FIELD})
+    unknown = sorted({name or "" for name in (*files, *form)} - {FIELD})  # werkzeug gives None where there is no name
     if unknown or FIELD in form:
         named = f"a field {unknown[0][:40]!r}" if unknown else f"{FIELD!r} as text"
         raise InputInvalid(
@@ -134,5 +134,10 @@ def _files(body: bytes, parameters: dict[str, str]) -> list[EncodedImage]:
     return images
 
 
-def _in_memory(**_: object) -> IO[bytes]:
+def _in_memory(
+    total_content_length: int | None,  # noqa: ARG001 - what werkzeug says of each file
+    content_type: str | None,  # noqa: ARG001
+    filename: str | None,  # noqa: ARG001
+    content_length: int | None = None,  # noqa: ARG001
+) -> IO[bytes]:
     return io.BytesIO()

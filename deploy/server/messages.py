@@ -1,17 +1,15 @@
 """What goes over the wire, as types: mypy holds the code that builds a reply to them, and the interface's document is
-made of them. They cost nothing while a request runs.
+made of them. They cost nothing while a request runs. None of them holds other fields than it names.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 - pydantic asks for these on 3.11
 
 from deploy.server.bodies import FIELD
 from ml.datasets.labels import CLASS_NAMES, NUM_CLASSES
 from ml.serving.decoding import MAX_IMAGES
-
-_STRICT = ConfigDict(extra="forbid")
 
 Uuid = Annotated[str, WithJsonSchema({"type": "string", "format": "uuid"})]
 Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
@@ -46,7 +44,6 @@ Pixels = Annotated[
 class Model(TypedDict):
     """How a reply names the model that answered."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     name: Annotated[str, Field(examples=["cifar10-classifier"])]
     version: Version
     alias: Annotated[
@@ -62,7 +59,6 @@ class Model(TypedDict):
 class Prediction(TypedDict):
     """One image's answer."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     label: Label
     class_id: Annotated[int, Field(ge=0, le=NUM_CLASSES - 1)]
     probability: Probability
@@ -81,7 +77,6 @@ class Prediction(TypedDict):
 class Predictions(TypedDict):
     """The reply of /v1/predict, an entry for each image in their order."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     request_id: Uuid
     model: Model
     predictions: list[Prediction]
@@ -90,21 +85,18 @@ class Predictions(TypedDict):
 class OneImage(TypedDict):
     """One image file."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     image: Annotated[Base64, Field(description="a PNG, JPEG or WebP file, also as a data: URL")]
 
 
 class SeveralImages(TypedDict):
     """Several image files."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     images: Annotated[list[Base64], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
 class Instances(TypedDict):
     """Images as numbers."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     instances: Annotated[list[Pixels], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
@@ -116,7 +108,6 @@ _NoParams = Annotated[None, WithJsonSchema({"type": ["object", "null"], "maxProp
 class MlflowInstances(TypedDict):
     """MLflow's scoring protocol, as TensorFlow Serving has it."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     instances: Annotated[list[Pixels], Field(min_length=1, max_length=MAX_IMAGES)]
     params: NotRequired[_NoParams]
 
@@ -124,7 +115,6 @@ class MlflowInstances(TypedDict):
 class MlflowInputs(TypedDict):
     """MLflow's scoring protocol, in its own words."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     inputs: Annotated[list[Pixels], Field(min_length=1, max_length=MAX_IMAGES)]
     params: NotRequired[_NoParams]
 
@@ -135,19 +125,16 @@ MlflowInput = TypeAliasType("MlflowInput", MlflowInstances | MlflowInputs)
 class MlflowPredictions(TypedDict):
     """Ten probabilities for each image."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     predictions: list[Annotated[list[Probability], Field(min_length=NUM_CLASSES, max_length=NUM_CLASSES)]]
 
 
 # By its key, which bodies.py alone knows.
 Form = TypedDict("Form", {FIELD: Annotated[list[File], Field(min_length=1, max_length=MAX_IMAGES)]})  # type: ignore[misc]
-Form.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
 
 
 class Feedback(TypedDict):
     """What an image really shows."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     request_id: Annotated[Uuid, Field(description="of a reply of /v1/predict")]
     label: Label
     index: NotRequired[
@@ -158,7 +145,6 @@ class Feedback(TypedDict):
 class FeedbackKept(TypedDict):
     """Feedback as it was kept."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     request_id: Uuid
     index: Count
     label: Label
@@ -167,7 +153,6 @@ class FeedbackKept(TypedDict):
 class Failure(TypedDict):
     """What went wrong last."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     at: Time
     version: int | None
     message: str
@@ -176,7 +161,6 @@ class Failure(TypedDict):
 class Challenger(TypedDict):
     """The version that gets a share of the traffic. Images are counted since the server started."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     version: Annotated[int | None, Field(description="null where what is set cannot be read")]
     mode: Annotated[
         Literal["mirror", "canary"] | None,
@@ -199,7 +183,6 @@ class Challenger(TypedDict):
 class ModelState(TypedDict):
     """The model that answers, and what came of those that were to follow it."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     name: Annotated[str, Field(examples=["cifar10-classifier"])]
     version: Version
     alias: Annotated[str, Field(examples=["champion"])]
@@ -221,14 +204,12 @@ class ModelState(TypedDict):
 class Alive(TypedDict):
     """The process runs."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     status: Literal["alive"]
 
 
 class Ready(TypedDict):
     """It can predict."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     status: Literal["ready"]
     model: Model
 
@@ -236,7 +217,6 @@ class Ready(TypedDict):
 class Problem(TypedDict):
     """An error, as RFC 9457 has it."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     type: Uri
     title: str
     status: Annotated[int, Field(ge=400, le=599)]

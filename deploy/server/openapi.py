@@ -181,17 +181,17 @@ def _schema_of(message: Any) -> Json:
 
 
 class _Plain(GenerateJsonSchema):
-    """Without the titles that only repeat a field's name."""
+    """Closed objects, without the titles that only repeat a field's name."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002 - the base class's signature
         """Never."""
         return False
 
     def typed_dict_schema(self, schema: core_schema.TypedDictSchema) -> JsonSchemaValue:
-        """As it is; its name is the component's."""
+        """Closed, as every message is, and named by its component alone."""
         made = super().typed_dict_schema(schema)
         made.pop("title", None)
-        return made
+        return {**made, "additionalProperties": False}
 
 
 _TAKEN = (messages.Images, messages.MlflowInput, messages.Feedback, messages.Form)
@@ -223,6 +223,7 @@ def _schemas() -> tuple[dict[str, Json], Json]:
 _REQUEST_ID: Json = {
     "name": "X-Request-ID",
     "in": "header",
-    "description": "a UUID of the caller's own, which makes a repeat safe: the same id is logged once",
-    "schema": {"type": "string", "format": "uuid"},
+    "description": "a UUID of the caller's own, which makes a repeat safe: the same id is logged once; a fresh UUID takes "
+    "the place of any other text",
+    "schema": {"type": "string"},
 }

@@ -1,7 +1,5 @@
 """The routes for those who run the server: is it alive, is it ready, which model, what figures, what interface."""
 
-from dataclasses import asdict
-
 from flask import Blueprint, Response, current_app, jsonify, request
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -88,11 +86,15 @@ def _challenger_json(challenger: Challenger | None, router: Router) -> messages.
     traffic = challenger.traffic
     counts = router.state().counts.get(traffic.version, Counts()) if traffic else Counts()
     return messages.Challenger(
-        version=traffic and traffic.version,
-        mode=traffic and traffic.mode,
-        share=traffic and traffic.share,
+        version=traffic.version if traffic else None,
+        mode=traffic.mode if traffic else None,
+        share=traffic.share if traffic else None,
         loaded=challenger.model is not None,
-        **asdict(counts),
+        answered=counts.answered,
+        mirrored=counts.mirrored,
+        disagreed=counts.disagreed,
+        failed=counts.failed,
+        dropped=counts.dropped,
         failure=_failure_json(challenger.failure),
     )
 

@@ -81,9 +81,10 @@ def register(app: Flask, metrics: ServerMetrics, settings: Settings) -> None:
         response.headers["X-Request-ID"] = str(g.request_id)
         if not route.startswith("/static"):
             response.headers.setdefault("Cache-Control", "no-store")
-        # Probes come every few seconds: they are worth a line only when they fail.
-        level = logging.DEBUG if route in _QUIET_ROUTES and status < 400 else logging.INFO
-        if tracing is None and not access.isEnabledFor(level):
+        # Probes come every few seconds: they are worth a line, and a trace, only when they fail.
+        quiet = route in _QUIET_ROUTES and status < 400
+        level = logging.DEBUG if quiet else logging.INFO
+        if not access.isEnabledFor(level) and (quiet or tracing is None):
             return response
         fields: dict[str, Any] = {
             "method": method,
@@ -97,14 +98,14 @@ def register(app: Flask, metrics: ServerMetrics, settings: Settings) -> None:
         }
         for stage in g.stages:
             fields[f"{stage.name}_ms"] = round(stage.seconds * 1000, 2)
-        if tracing is not None:
+        if tracing is not None and not quiet:
             fields["trace_id"] = tracing.record(fields, request.headers, g.started, g.stages)
         access.log(level, "%s %s %d", method, route, status, extra={"fields": fields})
         return response
 
     app.before_request(before)
     app.after_request(after)
-    app.wsgi_app = _with_headers(app.wsgi_app)  # type: ignore[method-assign] - Flask's own way to wrap it
+    app.wsgi_app = _with_headers(app.wsgi_app)  # type: ignore[method-assign]
 
 
 def _tracing(endpoint: str | None) -> Recorder | None:

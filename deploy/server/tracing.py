@@ -19,6 +19,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from deploy.server.request_context import Stage
 
 SERVICE = "cifar10-prediction-server"
+PATIENCE_SECONDS = 3
+"""With the collector: a server that ends waits for it no longer, and its predictions are still to be written out."""
 _TRACE_CONTEXT = TraceContextTextMapPropagator()
 _ATTRIBUTES = {
     "method": "http.request.method",
@@ -39,7 +41,8 @@ class Tracing:
         """`endpoint` is OTEL_EXPORTER_OTLP_ENDPOINT, to which /v1/traces is added."""
         resource = Resource.create().merge(Resource({"service.name": SERVICE})).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint}/v1/traces")))
+        exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", timeout=PATIENCE_SECONDS)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("deploy.server")
 
     def record(self, fields: dict[str, Any], headers: Any, started: float, stages: Iterable[Stage]) -> str:
