@@ -223,7 +223,7 @@ def _schemas() -> tuple[dict[str, Json], Json]:
 _REQUEST_ID: Json = {
     "name": "X-Request-ID",
     "in": "header",
-    "description": "a UUID of the caller's own, which makes a repeat safe: the same id is logged once; a fresh UUID takes "
-    "the place of any other text",
+    "description": "a UUID of the caller's own, which makes a repeat safe: the same id is logged once; a fresh UUID "
+    "takes the place of any other text",
     "schema": {"type": "string"},
 }

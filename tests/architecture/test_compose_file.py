@@ -214,6 +214,15 @@ def test_a_secret_that_an_address_or_json_reads_otherwise_is_refused_anywhere(na
         assert value not in said
 
 
+def test_keys_may_be_hashed_or_stand_in_a_file_of_their_own(random_secrets):
+    hashed = f"sha256:{'0' * 64},sha256:{'a' * 64}"
+    assert preflight.main(random_secrets | {"PREDICTION_API_KEYS": hashed}) == 0
+    assert preflight.main(random_secrets | {"PREDICTION_API_KEYS": "sha256:0123456789abcdef0123"}) == 2
+    production = random_secrets | {"MLOPS_ENV": "production", "PREDICTION_API_KEYS": ""}
+    assert preflight.main(production) == 1
+    assert preflight.main(production | {"PREDICTION_API_KEYS_FILE": "/var/lib/mlops/keys.json"}) == 0
+
+
 def test_only_the_lists_may_hold_several(random_secrets):
     several = "0123456789abcdef0123,fedcba9876543210fedc"
     refused = {name for name in SECRETS if preflight.main(random_secrets | {name: several})}

@@ -234,6 +234,7 @@ class OwnSet(PathFinder):
         absent = any(name == gone or name.startswith(gone + ".") for gone in {extra!r})
         return None if absent else super().find_spec(name, path, target)
 sys.meta_path = [OwnSet if finder is PathFinder else finder for finder in sys.meta_path]
+import deploy.server.tracing, ml.cli, ml.serving.api_keys
 import deploy.server.app, deploy.server.registry_source, ml.serving.engine, ml.monitoring.prediction_log
 from deploy.server.registry_source import RegistrySource
 from pathlib import Path

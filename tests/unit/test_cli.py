@@ -37,7 +37,36 @@ def test_every_command_explains_itself(command):
     assert "--json" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["add", "list", "revoke"])
+def test_every_command_of_keys_explains_itself(command):
+    done = CliRunner().invoke(app, ["keys", command, "--help"])
+    assert done.exit_code == 0
+    assert "--json" in done.stdout
+
+
+def test_keys_are_made_listed_and_revoked(monkeypatch, tmp_path):
+    monkeypatch.setattr("ml.cli._log_to_stderr", lambda: None)
+    environment = {"MLOPS_VAR_DIR": str(tmp_path), "PREDICTION_API_KEYS_FILE": str(tmp_path / "keys.json")}
+
+    def keys(*arguments, code=0):
+        done = CliRunner().invoke(app, ["keys", *arguments, "--json"], env=environment)
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    made = keys("add", "alice", "--limit", "50")
+    assert made["key"].startswith("cifar10_")
+    assert (made["name"], made["limit"]) == ("alice", 50)
+    (listed,) = keys("list")["keys"]
+    assert listed == {name: value for name, value in made.items() if name != "key"}
+    assert "revoke alice" in keys("add", "alice", code=2)["error"]["fix"]
+    assert keys("revoke", "alice") == {"revoked": "alice"}
+    assert keys("list") == {"keys": []}
+    del environment["PREDICTION_API_KEYS_FILE"]
+    assert "PREDICTION_API_KEYS_FILE" in keys("list", code=2)["error"]["fix"] + keys("list", code=2)["error"]["message"]
+
+
 def test_no_command_is_forgotten_here():
+    assert [group.name for group in app.registered_groups] == ["keys"]
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
 
 

@@ -54,6 +54,19 @@ def test_keys_are_a_list_and_are_never_shown(monkeypatch):
     assert "first-key" not in repr(settings)
 
 
+def test_the_system_calls_itself_with_a_key_that_is_not_hashed(monkeypatch):
+    assert load_settings().own_api_key is None
+    monkeypatch.setenv("PREDICTION_API_KEYS", f"sha256:{'0' * 64},plain")
+    assert load_settings().own_api_key == "plain"
+
+
+def test_the_file_of_keys_is_found_from_anywhere(monkeypatch, tmp_path):
+    assert load_settings().prediction_api_keys_file is None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREDICTION_API_KEYS_FILE", "keys.json")
+    assert load_settings().prediction_api_keys_file == tmp_path / "keys.json"
+
+
 def test_addresses_follow_the_ports_unless_they_are_given(monkeypatch):
     monkeypatch.setenv("REPORTS_PORT", "9001")
     monkeypatch.setenv("PREDICTIONS_URL", "http://prediction-server:8000/")
@@ -72,6 +85,9 @@ def test_addresses_follow_the_ports_unless_they_are_given(monkeypatch):
         ("API_KEYLESS_HOSTS", "prediction-server:8000"),
         ("API_KEYLESS_HOSTS", "*"),
         ("MLOPS_ENV", "prod"),
+        ("PREDICTION_RATE_LIMIT", "-1"),
+        ("PREDICTION_RATE_LIMIT", "inf"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
     ],
 )
 def test_what_is_no_address_no_host_and_no_environment_is_refused(monkeypatch, name, wrong):
