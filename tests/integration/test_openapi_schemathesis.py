@@ -1,7 +1,5 @@
 """Schemathesis asks every route of the document, in form and out of it: the app does what its document says."""
 
-import logging
-
 import hypothesis
 import pytest
 import schemathesis
@@ -29,7 +27,6 @@ for kind, format_ in [("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/webp
 def schema(tmp_path_factory):
     from ml.settings import Settings
 
-    logging.getLogger("deploy.server.access").setLevel(logging.WARNING)
     served = Served(tmp_path_factory.mktemp("served"), Settings(_env_file=None))
     served.follower.poll()
 

@@ -258,7 +258,8 @@ def test_other_methods_are_refused_with_those_that_are_taken(served, method):
 
 def test_options_and_head_do_nothing(served):
     reply = served.client.options("/v1/predict")
-    assert (reply.status_code, reply.data, reply.headers["Allow"]) == (200, b"", "POST, OPTIONS")
+    assert (reply.status_code, reply.data) == (200, b"")
+    assert set(reply.headers["Allow"].split(", ")) == {"POST", "OPTIONS"}
     assert served.client.head("/v1/model").status_code == 200
     assert served.log.predictions == []
 
