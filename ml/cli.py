@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 # TensorFlow reads it once, when it is imported; its start-up messages are no progress.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -45,6 +45,14 @@ class Alias(StrEnum):
     previous = "previous"
 
 
+class Format(StrEnum):
+    """How predictions are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
 class Architecture(StrEnum):
     """The models that can be trained."""
 
@@ -57,7 +65,7 @@ def _run(
     *,
     as_json: bool,
     show: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Reads the settings, does the work, shows its result; errors become a message, a fix and an exit code."""
     _log_to_stderr()
     try:
@@ -73,9 +81,11 @@ def _run(
         print(json.dumps(result))
     else:
         (show or _print_result)(result)
+    sys.stdout.flush()  # a reader that left is met here, where typer ends the command for it, and not at the exit
+    return result
 
 
-def _fail(error: CifarError, *, as_json: bool) -> None:
+def _fail(error: CifarError, *, as_json: bool) -> NoReturn:
     if as_json:
         body = {"type": type(error).__name__, "message": error.message, "fix": error.fix}
         print(json.dumps({"error": body}))
@@ -468,6 +478,38 @@ def monitor(
         return workflow(settings, min_predictions=min_predictions)
 
     _run(work, as_json=as_json)
+
+
+@app.command()
+def predict(
+    files: Annotated[
+        list[str], typer.Argument(help="PNG, JPEG and WebP files, folders of such, or - for one image on stdin.")
+    ],
+    *,
+    output: Annotated[
+        Format | None, typer.Option("--format", help="How to print them; table where none is given.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="The prediction server; PREDICTIONS_URL where none is given.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the key; else the first of PREDICTION_API_KEYS.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(min=0, help="For how many seconds to ask again a server that is away or busy.")
+    ] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the prediction server what images show. An image that it refuses stops no other; the exit code is then 1."""
+    if as_json and output not in (None, Format.json):
+        raise typer.BadParameter(f"--json and --format {output} exclude each other.")
+    from ml.workflows import predict as workflow
+
+    found = _run(
+        lambda settings: workflow.predict(settings, files, url=url, key_file=api_key_file, patience=patience),
+        as_json=as_json or output is Format.json,
+        show=workflow.print_csv if output is Format.csv else workflow.print_table,
+    )
+    if found["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -20,11 +20,14 @@
     ├── ServiceUnavailable        a service could not be asked; says nothing of what it would have answered
     │   ├── DatabaseUnavailable
     │   ├── RegistryUnavailable
-    │   └── OrchestratorUnavailable
+    │   ├── OrchestratorUnavailable
+    │   └── TooManyRequests       it answered that it is asked too often
     ├── RequestError              what a client sent
     │   ├── ImageUndecodable      not an image, or a broken one
     │   ├── ImageTooLarge         more bytes or pixels than allowed
     │   ├── ImageTypeUnsupported  an image or body of a type that is not accepted
+    │   ├── ImageNotFound         no file has this path
+    │   ├── ImageUnreadable       there is a file, and this user cannot read it
     │   ├── InputInvalid          the wrong shape, range or label
     │   └── PredictionNotFound    feedback for a prediction that was never logged
     └── StackError                the local stack
@@ -135,6 +138,10 @@ class OrchestratorUnavailable(ServiceUnavailable):
     """Airflow could not be asked."""
 
 
+class TooManyRequests(ServiceUnavailable):
+    """It answered that it is asked too often."""
+
+
 class RequestError(CifarError):
     """What a client sent."""
 
@@ -149,6 +156,14 @@ class ImageTooLarge(RequestError):
 
 class ImageTypeUnsupported(RequestError):
     """An image or body of a type that is not accepted."""
+
+
+class ImageNotFound(RequestError):
+    """No file has this path."""
+
+
+class ImageUnreadable(RequestError):
+    """There is a file, and this user cannot read it."""
 
 
 class InputInvalid(RequestError):

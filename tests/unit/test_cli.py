@@ -14,7 +14,7 @@ from ml.cli import app
 
 COMMANDS = [
     *("ingest", "train", "pretrain", "sweep", "reproduce", "results", "promote", "rollback", "monitor"),
-    *("challenge", "evaluate", "inspect", "migrate", "status", "up", "down", "demo"),
+    *("challenge", "evaluate", "inspect", "migrate", "predict", "status", "up", "down", "demo"),
 ]
 
 
@@ -86,6 +86,12 @@ def test_no_command_is_forgotten_here():
         ["challenge", "2", "--off"],
         ["challenge", "2", "--canary", "1.5"],
         ["challenge", "--mirror", "0"],
+        ["predict"],
+        ["predict", "x.png", "--format", "xml"],
+        ["predict", "x.png", "--json", "--format", "csv"],
+        ["predict", "-", "-"],
+        ["predict", "x.png", "--url", "127.0.0.1:8000"],
+        ["predict", "x.png", "--api-key-file", "/nowhere"],
     ],
 )
 def test_bad_usage_exits_with_2(arguments, monkeypatch, tmp_path):
