@@ -1,10 +1,12 @@
 """The page at / in a real Chromium, against a real server. Without Chromium these fail: `apt-get install chromium`."""
 
+import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from axe_playwright_python.base import AXE_SCRIPT
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from pydantic import SecretStr
@@ -18,22 +20,24 @@ from ml.serving.testing import FolderSource
 from tests.tiny_models import always, make_onnx
 
 CHROMIUM = Path("/usr/bin/chromium")
-DESKTOP, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}
+DESKTOP, PHONE = {"width": 1100, "height": 900}, {"width": 375, "height": 812}
+NARROW = {"width": 320, "height": 640}
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 
 class Site:
     """A server on a free port, its fakes, and where its files lie."""
 
-    def __init__(self, folder, settings):
+    def __init__(self, folder, settings, **made_of):
         self.folder = folder
         source = FolderSource(folder / "registry")
-        source.crown(make_onnx(folder / "1.onnx", **always(3, confidence=0.91)), 1)
+        source.crown(make_onnx(folder / "1.onnx", **always(3, confidence=0.91)), 1, **made_of)
         follower = ChampionFollower(source, folder / "cache")
         follower.poll()
         self.log = MemoryLog()
         self._server = make_server("127.0.0.1", 0, create_app(settings, follower=follower, log=self.log), threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
     def close(self):
@@ -180,15 +184,17 @@ def test_everything_can_be_reached_with_the_keyboard(visit, site):
     page = visit.page
     give(page, site.picture())
     page.evaluate("document.activeElement.blur()")
+    where = """(({id, textContent, firstElementChild}) => id || firstElementChild?.alt || textContent)(
+        document.activeElement)"""
     reached = []
-    for _ in range(5):
+    for _ in range(16):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        reached.append(page.evaluate(where))
         assert page.evaluate(
             "() => [document.activeElement, document.activeElement.parentElement]"
             ".some((e) => getComputedStyle(e).outlineStyle !== 'none')"
         ), f"no visible focus on {reached[-1]}"
-    assert reached == ["file", "label", "Tell it", "OpenAPI", "Metrics"]
+    assert reached == ["file", *CLASS_NAMES, "copy", "label", "Tell it", "OpenAPI", "Metrics"]
     page.locator("#label").focus()
     page.keyboard.type("tru")
     page.keyboard.press("Tab")
@@ -234,7 +240,7 @@ def test_a_database_that_is_away_is_said_and_the_button_works_again(visit, site)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE, NARROW], ids=["desktop", "phone", "narrow"])
 def test_it_fits_and_can_be_read(browser, site, scheme, viewport):
     seen = Visit(browser, site.url, viewport, color_scheme=scheme)
     give(seen.page, site.picture())
@@ -283,3 +289,202 @@ def test_a_server_with_keys_asks_for_one(browser, tmp_path, settings):
     finally:
         seen.context.close()
         site.close()
+
+
+def refuse(page, status, detail=None, **headers):
+    """Plays a server that answers the next predictions so; a status of 0: one that is away."""
+
+    def answer(route):
+        if not status:
+            return route.abort("connectionrefused")
+        content_type = "application/problem+json" if detail else "text/html"
+        body = json.dumps({"detail": detail}) if detail else "<h1>Gateway</h1>"
+        return route.fulfill(status=status, body=body, headers={"Content-Type": content_type, **headers})
+
+    page.unroute("**/v1/predict*")
+    page.route("**/v1/predict*", answer)
+
+
+def example(page, name="deer"):
+    page.get_by_role("button", name=name).click()
+
+
+def test_the_examples_are_ten_drawings_of_ours_and_each_is_answered(visit, site):
+    page = visit.page
+    shown = page.locator(".example img")
+    assert [image.get_attribute("alt") for image in shown.all()] == list(CLASS_NAMES)
+    for count, name in enumerate(CLASS_NAMES, start=1):
+        with page.expect_response("**/v1/predict*") as reply:
+            example(page, name)
+        assert reply.value.status == 200
+        expect(page.locator(".example[aria-pressed=true] img")).to_have_attribute("alt", name)
+        expect(page.locator("#request-id")).to_have_text(str(site.log.predictions[-1].request_id))
+        assert len(site.log.predictions) == count
+    assert len({prediction.images.tobytes() for prediction in site.log.predictions}) == 10
+    give(page, site.picture())
+    expect(page.locator(".example[aria-pressed=true]")).to_have_count(0)
+    assert visit.complaints == []
+    assert visit.elsewhere == []
+
+
+def test_the_whole_way_with_the_keyboard_alone(visit, site):
+    page = visit.page
+    for _ in range(1 + CLASS_NAMES.index("frog") + 1):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status").first).to_have_text("It says: cat, 91.0 %.")
+    for _ in range(len(CLASS_NAMES) - CLASS_NAMES.index("frog") - 1 + 2):
+        page.keyboard.press("Tab")
+    page.keyboard.type("fr")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#thanks")).to_have_text("Noted: frog. Thank you.")
+    assert list(site.log.feedback.values()) == [CLASS_NAMES.index("frog")]
+    expect(page.get_by_role("button", name="Tell it")).to_be_focused()
+
+
+def test_the_request_id_can_be_copied(browser, site):
+    seen = Visit(browser, site.url, DESKTOP, permissions=["clipboard-read", "clipboard-write"])
+    example(seen.page)
+    seen.page.get_by_role("button", name="Copy").click()
+    expect(seen.page.locator("#copy")).to_have_text("Copied")
+    assert seen.page.evaluate("navigator.clipboard.readText()") == str(site.log.predictions[0].request_id)
+    # Where the browser keeps the clipboard to itself, the id is marked instead.
+    seen.page.evaluate("() => { navigator.clipboard.writeText = async () => { throw new Error('no') } }")
+    seen.page.locator("#copy").click()
+    expect(seen.page.locator("#copy")).to_have_text("Marked: press Ctrl-C")
+    assert seen.page.evaluate("getSelection().toString()") == str(site.log.predictions[0].request_id)
+    seen.context.close()
+
+
+def test_every_refusal_is_said_and_what_passes_can_be_tried_again(visit, site):
+    page, again = visit.page, visit.page.locator("#again")
+    for status, detail, headers, said, button in (
+        (413, "The body is too large: send at most 10 MB.", {}, "too large", None),
+        (415, "A file is declared as 'image/gif'. Fix: send PNG.", {}, "Fix: send PNG.", None),
+        (422, "The image is 0 pixels wide.", {}, "0 pixels", None),
+        (429, "This key asks too often.", {"Retry-After": "3600"}, "too often", "Try again in 3600 s"),
+        (503, "No model is loaded yet.", {"Retry-After": "90"}, "No model", "Try again in 90 s"),
+        (502, None, {}, "The server answered 502.", "Try again"),
+        (0, None, {}, "does not answer", "Try again"),
+    ):
+        refuse(page, status, detail, **headers)
+        example(page)
+        expect(page.get_by_role("alert")).to_contain_text(said)
+        expect(page.locator("#result")).to_be_hidden()
+        expect(page.locator("#empty")).to_be_visible()
+        if button is None:
+            expect(again).to_be_hidden()
+        else:
+            expect(again).to_have_text(button)
+            assert again.is_disabled() is (" in " in button)
+    page.unroute("**/v1/predict*")
+    again.click()
+    expect(page.locator("#answer")).to_have_text("cat")
+    expect(page.locator("#trouble")).to_be_hidden()
+
+
+def test_the_button_counts_down_to_when_the_server_wants_to_be_asked(visit):
+    page, again = visit.page, visit.page.locator("#again")
+    refuse(page, 429, "This key asks too often.", **{"Retry-After": "1"})
+    example(page)
+    expect(again).to_have_text("Try again in 1 s")
+    page.unroute("**/v1/predict*")
+    expect(again).to_be_enabled()
+    again.click()
+    expect(page.locator("#answer")).to_have_text("cat")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_axe_finds_nothing_in_any_state(browser, site, scheme, viewport):
+    # Contrast is judged when colours stand still.
+    seen = Visit(browser, site.url, viewport, color_scheme=scheme, reduced_motion="reduce")
+    page = seen.page
+
+    def violations():
+        found = page.evaluate("(tags) => axe.run({runOnly: tags})", RULES)
+        assert len(found["passes"]) > 15
+        return [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]]
+
+    page.evaluate(AXE_SCRIPT)
+    page.locator("#model.is-there").wait_for()
+    states = {"empty": violations()}
+    example(page)
+    page.locator("#result").wait_for()
+    states["result"] = violations()
+    page.get_by_role("button", name="Tell it").click()
+    expect(page.locator("#thanks")).to_contain_text("Noted")
+    states["thanks"] = violations()
+    site.log.away = True
+    page.get_by_role("button", name="Tell it").click()
+    page.locator("#feedback-error").wait_for()
+    states["feedback refused"] = violations()
+    refuse(page, 429, "This key asks too often.", **{"Retry-After": "60"})
+    example(page)
+    page.locator("#again").wait_for()
+    states["refused, wait"] = violations()
+    refuse(page, 0)
+    example(page)
+    expect(page.locator("#again")).to_be_enabled()
+    states["away"] = violations()
+    refuse(page, 401, "This server asks for a key.")
+    example(page)
+    page.locator("#key-form").wait_for()
+    states["key"] = violations()
+    page.evaluate("document.getElementById('model').className = 'is-away'")
+    page.evaluate("document.getElementById('random').hidden = false")
+    states["model away, random weights"] = violations()
+    assert not any(states.values()), states
+    seen.context.close()
+
+
+@pytest.mark.parametrize("viewport", [PHONE, NARROW], ids=["phone", "narrow"])
+def test_a_thumb_finds_everything_on_a_phone(browser, site, viewport):
+    seen = Visit(browser, site.url, viewport, has_touch=True)
+    page = seen.page
+    page.get_by_role("button", name="deer").tap()
+    page.locator("#result").wait_for()
+    refused = Visit(browser, site.url, viewport, has_touch=True)
+    refuse(refused.page, 503, "No model is loaded yet.")
+    refused.page.get_by_role("button", name="deer").tap()
+    refused.page.locator("#again").wait_for()
+    small = """() => [...document.querySelectorAll("button, select, a, .drop, input[type=password]")]
+        .filter((e) => e.offsetParent)
+        .map((e) => [e.id || e.textContent.trim() || e.firstElementChild?.alt, e.getBoundingClientRect()])
+        .filter(([, box]) => box.width < 44 || box.height < 44).map(([name, box]) => [name, box.width, box.height])"""
+    for visited in (page, refused.page):
+        assert visited.evaluate(small) == []
+        assert visited.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+    # The answer lies below what was pressed, so the page brings it into view.
+    page.wait_for_function("document.getElementById('result').getBoundingClientRect().top < 0.7 * innerHeight")
+    for visited in (seen, refused):
+        visited.context.close()
+
+
+def test_nothing_moves_for_who_asked_for_less_motion(browser, site):
+    seen = Visit(browser, site.url, DESKTOP, reduced_motion="reduce")
+    example(seen.page)
+    seen.page.locator("#result").wait_for()
+    assert seen.page.evaluate("document.getAnimations().length") == 0
+    durations = "[...document.querySelectorAll('*')].map((e) => getComputedStyle(e).transitionDuration)"
+    assert set(seen.page.evaluate(durations)) == {"0s"}
+    seen.context.close()
+
+
+def test_what_the_model_was_made_of_is_said_beside_it(browser, tmp_path, settings):
+    site = Site(tmp_path, settings, data="SYNTHETIC", weights="RANDOM WEIGHTS")
+    seen = Visit(browser, site.url, PHONE)
+    assert seen.page.locator("#model .warn").all_inner_texts() == ["SYNTHETIC data", "RANDOM WEIGHTS"]
+    expect(seen.page.locator("#synthetic")).to_be_visible()
+    expect(seen.page.locator("#random")).to_be_visible()
+    seen.context.close()
+    site.close()
+    real = Site(tmp_path / "real", settings, data="cifar-10")
+    seen = Visit(browser, real.url, PHONE)
+    expect(seen.page.locator("#model")).to_contain_text("learnt from cifar-10")
+    expect(seen.page.locator("#model .warn")).to_have_count(0)
+    expect(seen.page.locator("#synthetic")).to_be_hidden()
+    expect(seen.page.locator("#random")).to_be_hidden()
+    seen.context.close()
+    real.close()
