@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 """What is taken for an image in a folder. A file that is named itself is asked for whatever its name."""
 STDIN = "-"
+_WIDE = 10_000
+"""Characters in a line, at most, where no terminal says how many fit."""
 _LINE_EVERY = 5.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -76,15 +79,16 @@ def predict(
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """A row for each image, and what must be known of the model."""
-    table = Table("file", "label", "probability", "runner-up", "version")
+    """A row for each image; below, what was not answered and what must be known of the model."""
+    table = Table("file", "label", "probability", "runner-up", "version", box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].overflow = "fold"
     table.columns[2].justify = "right"
-    marks = set()
+    failures, marks = [], set()
     for row in found["predictions"]:
-        name = Text(_printable(row["file"]), overflow="fold")
+        name = Text(_printable(row["file"]))
         if error := row.get("error"):
-            message = error["message"].removeprefix(f"{row['file']}: ")
-            table.add_row(name, Text(error["type"], "red"), "", Text(_printable(message)), "")
+            table.add_row(name, Text("not answered", "red"))
+            failures.append(f"{row['file']}: {error['message'].removeprefix(row['file'] + ': ')} Fix: {error['fix']}")
             continue
         second = f"{row['runner_up']} {row['probabilities'][row['runner_up']]:.1%}"
         version = f"{row['model_version']} ({row['alias']})"
@@ -93,12 +97,14 @@ def print_table(found: dict[str, Any]) -> None:
             marks.add(f"Version {row['model_version']} learnt from SYNTHETIC data.")
         if row["weights"]:
             marks.add(f"Version {row['model_version']} started from {row['weights']}.")
-    console = Console()
+    terminal = Console()
+    # A program that reads lines must not find a name on two of them.
+    console = terminal if terminal.is_terminal else Console(width=_WIDE)
     console.print(table)
-    for mark in sorted(marks):
-        console.print(mark, style="yellow", highlight=False)
-    if found["failed"]:
-        console.print(f"{found['failed']} of {found['asked']} images were not answered.", style="red", highlight=False)
+    for line in failures:
+        console.print(Text(_printable(line), "red"), soft_wrap=True)
+    for line in sorted(marks):
+        console.print(Text(line, "yellow"), soft_wrap=True)
 
 
 def print_csv(found: dict[str, Any]) -> None:
