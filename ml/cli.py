@@ -513,6 +513,18 @@ def predict(
 
 
 @app.command()
+def retain(as_json: AsJson = False) -> None:
+    """Remove days of predictions that are older than PREDICTION_RETENTION_DAYS; the monitor does it by itself."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.retain import retain as workflow
+
+        return workflow(settings)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
 def migrate(as_json: AsJson = False) -> None:
     """Bring the predictions database (MLOPS_DATABASE_URL) to the newest schema; `up` does it for the local stack."""
 

@@ -82,6 +82,12 @@ class Settings(BaseSettings):
     gate_policy: Path = PROJECT_ROOT / "policies" / "gate.toml"
     """What a model must show before it serves."""
 
+    # The prediction log.
+    prediction_spool_mb: int = Field(1024, ge=1)
+    """Room on disk for predictions that the database has not taken yet; what does not fit is dropped, and alarmed."""
+    prediction_retention_days: int = Field(90, ge=1)
+    """Older days of predictions are removed, with their feedback."""
+
     # Monitoring.
     monitor_min_predictions: int = Field(100, ge=2)
     monitor_max_predictions: int = Field(2000, ge=2)
@@ -136,6 +142,11 @@ class Settings(BaseSettings):
     def cache_dir(self) -> Path:
         """Downloads and models fetched from the registry; safe to delete."""
         return self.mlops_var_dir / "cache"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Predictions on their way to the database; not safe to delete."""
+        return self.mlops_var_dir / "spool"
 
     @property
     def checkpoints_dir(self) -> Path:

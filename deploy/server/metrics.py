@@ -159,5 +159,13 @@ def _share(challenger: Challenger | None) -> Iterator[Metric]:
 def _log_figures(name: str, log: LogState) -> Iterator[Metric]:
     yield GaugeMetricFamily(f"{name}_queued_rows", "Rows that wait for the database.", value=log.queued)
     yield CounterMetricFamily(f"{name}_written_rows", "Rows in the database.", value=log.written)
-    yield CounterMetricFamily(f"{name}_dropped_rows", "Rows lost because the queue was full.", value=log.dropped)
+    yield CounterMetricFamily(f"{name}_dropped_rows", "Rows lost: no room for them.", value=log.dropped)
+    yield CounterMetricFamily(f"{name}_refused_rows", "Rows kept aside: PostgreSQL refuses them.", value=log.refused)
+    yield CounterMetricFamily(f"{name}_damaged_places", "Places in the spool that held no record.", value=log.damaged)
+    yield CounterMetricFamily(
+        f"{name}_unspooled_rows", "Rows that waited in memory: the disk took none.", value=log.unspooled
+    )
+    yield GaugeMetricFamily(f"{name}_spool_bytes", "Bytes on disk that wait for the database.", value=log.spool_bytes)
+    yield GaugeMetricFamily(f"{name}_spool_limit_bytes", "As many may wait there.", value=log.spool_limit)
+    yield GaugeMetricFamily(f"{name}_spool_up", "1 where the disk took the last record.", value=log.spool_ok)
     yield GaugeMetricFamily(f"{name}_database_up", "1 where the last write went well.", value=log.database_ok)

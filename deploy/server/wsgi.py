@@ -20,8 +20,10 @@ from ml.settings import load_settings
 logging.config.dictConfig(logging_config())
 logging.captureWarnings(True)
 _settings = load_settings()
-_log = PredictionLog(_settings.database_url)
-_shadows = ShadowLog(_settings.database_url)
+_spool_bytes = _settings.prediction_spool_mb << 20
+_log = PredictionLog(_settings.database_url, _settings.spool_dir / "predictions", spool_bytes=_spool_bytes)
+# A row of it is a sixteenth of the other's.
+_shadows = ShadowLog(_settings.database_url, _settings.spool_dir / "shadows", spool_bytes=_spool_bytes // 16)
 _follower = ChampionFollower(
     RegistrySource(_settings.tracking_uri, _settings.cache_dir),
     _settings.cache_dir,
@@ -43,5 +45,5 @@ _log.start()
 _shadows.start()
 _router.start()
 _follower.start()
-# Runs when a worker ends in order, on SIGTERM too: what is still queued reaches the database.
+# Runs when a worker ends in order, on SIGTERM too: what waits reaches the database, or stays on disk for the next one.
 atexit.register(_end)

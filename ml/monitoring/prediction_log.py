@@ -1,19 +1,24 @@
 """Every prediction, kept in PostgreSQL: the server writes here, the monitor reads here.
 
-Owns the tables `predictions` and `feedback` (schema: `deploy/postgres/migrations`). `PredictionLog` takes predictions
-off the request path (`ml.monitoring.batch_writer`). `read_window` gives the monitor its rows; what they mean is decided
-in `ml.monitoring.statistics` and `policy`.
+Owns the tables `requests`, `predictions` and `feedback` (schema: `deploy/postgres/migrations`). `requests` says which
+ids were logged, so that each is logged once; `predictions` has a partition for each day of `created_at`.
+`PredictionLog` takes predictions off the request path (`ml.monitoring.batch_writer`). `read_window` gives the monitor
+its rows; what they mean is decided in `ml.monitoring.statistics` and `policy`. How old they get is
+`ml.monitoring.retention`'s.
 """
 
+import io
 import logging
+import struct
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
 from uuid import UUID
 
 import numpy as np
 import psycopg2
-from psycopg2.extensions import connection as Connection  # noqa: N812 - psycopg2 names its class in lower case
-from psycopg2.extras import execute_values
 
 from ml.database import transaction
 from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
@@ -28,16 +33,33 @@ NO_LABEL = -1
 
 MODEL_NAME = "cifar10-classifier"
 
-_INSERT = f"""
-INSERT INTO predictions (request_id, item_index, created_at, model_name, model_version, class_id, probabilities,
-                         {", ".join(STATISTIC_NAMES)}, image)
-VALUES %s ON CONFLICT (request_id, item_index) DO NOTHING
-"""  # noqa: S608 - the names are constants of this program
-_ROW = f"(%s, %s, %s, %s, %s, %s, %s::real[], {', '.join(['%s'] * len(STATISTIC_NAMES))}, %s)"
+# In the file: id, microseconds since 1970, version, and the length of the name, which follows; then probabilities and
+# images as they lie in memory.
+_HEAD = struct.Struct("<16sqiH")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_PROBABILITY_BYTES = 4 * NUM_CLASSES
+_IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
+
+_NEW_REQUESTS = """
+INSERT INTO requests (request_id, created_at, images)
+SELECT * FROM unnest(%s::uuid[], %s::timestamptz[], %s::integer[]) ON CONFLICT DO NOTHING RETURNING request_id
+"""
+_COPY = f"""
+COPY predictions (request_id, item_index, created_at, model_name, model_version, class_id, probabilities,
+                  {", ".join(STATISTIC_NAMES)}, image) FROM STDIN (FORMAT binary)
+"""
+# PostgreSQL's own format (documentation of COPY, "Binary Format"): every field after its length, big-endian; times in
+# microseconds since 2000.
+_COPY_BEGIN = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+_COPY_END = struct.pack(">h", -1)
+_POSTGRES_EPOCH_US = (datetime(2000, 1, 1, tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_REAL = np.dtype([("size", ">i4"), ("value", ">f4")])
+_REAL_OID = 700
 
 # Writers take turns, so that ids become visible in their own order: a reader that remembers the last id it saw
 # (the monitor's watermark) can then never step over a row of a slower writer.
-_WRITERS_TAKE_TURNS = "SELECT pg_advisory_xact_lock(hashtext('predictions writer'))"
+WRITERS_TAKE_TURNS = "SELECT pg_advisory_xact_lock(hashtext('predictions writer'))"
 
 
 @dataclass(frozen=True)
@@ -133,29 +155,40 @@ def record_feedback(database_url: str, request_id: UUID, index: int, label: int)
     try:
         with transaction(database_url) as connection, connection.cursor() as cursor:
             cursor.execute(
-                "INSERT INTO feedback (request_id, item_index, label) VALUES (%s::uuid, %s, %s) "
+                "INSERT INTO feedback (request_id, item_index, label) "
+                "SELECT request_id, %(index)s, %(label)s FROM requests "
+                "WHERE request_id = %(request_id)s::uuid AND %(index)s < images "
                 "ON CONFLICT (request_id, item_index) DO UPDATE SET label = excluded.label, created_at = now() "
                 "RETURNING xmax = 0",  # a row that was only just inserted has never been updated or locked
-                (str(request_id), index, label),
+                {"request_id": str(request_id), "index": index, "label": label},
             )
-            return bool(cursor.fetchone()[0])
-    except (psycopg2.errors.ForeignKeyViolation, psycopg2.errors.NumericValueOutOfRange) as error:
+            kept = cursor.fetchone()
+    except (psycopg2.errors.ForeignKeyViolation, psycopg2.errors.NumericValueOutOfRange):
+        kept = None  # removed by its age meanwhile; or no such index can be
+    if kept is None:
         raise PredictionNotFound(
             f"No prediction {request_id} with index {index} is in the log.",
             fix="send the request_id of a reply of /v1/predict, and the index of one of its predictions (from 0).",
-        ) from error
+        )
+    return bool(kept[0])
 
 
 class PredictionLog(BatchWriter[LoggedPrediction]):
     """Takes predictions from the request path and writes them to PostgreSQL in the background; see `BatchWriter`.
 
-    A row is 3.2 kB.
+    A row is 3.2 kB, on disk too.
     """
 
     _logger, _name = logger, "Prediction log"
 
-    def _insert(self, connection: Connection, batch: list[LoggedPrediction]) -> None:
-        _insert(connection, batch)
+    def _encode(self, item: LoggedPrediction) -> bytes:
+        return _encode(item)
+
+    def _decode(self, payload: bytes, rows: int) -> LoggedPrediction:
+        return _decode(payload, rows)
+
+    def _insert(self, cursor: Any, items: list[LoggedPrediction]) -> None:
+        _insert(cursor, items)
 
     def _rows_of(self, item: LoggedPrediction) -> int:
         return len(item.images)
@@ -178,24 +211,94 @@ class PredictionLog(BatchWriter[LoggedPrediction]):
         return record_feedback(self._database_url, request_id, index, label)
 
 
-def _insert(connection: Connection, batch: list[LoggedPrediction]) -> None:
-    statistics = image_statistics(np.concatenate([item.images for item in batch]))
-    looks = iter(np.stack(list(statistics.values()), axis=1).tolist())
-    rows = [
-        (
-            str(item.request_id),
-            index,
-            item.created_at,
-            item.model_name,
-            item.model_version,
-            int(probabilities.argmax()),
-            probabilities.tolist(),
-            *next(looks),
-            psycopg2.Binary(image.tobytes()),
-        )
-        for item in batch
-        for index, (probabilities, image) in enumerate(zip(item.probabilities, item.images, strict=True))
+def _encode(item: LoggedPrediction) -> bytes:
+    name = item.model_name.encode("utf-8", "backslashreplace")
+    head = _HEAD.pack(item.request_id.bytes, (item.created_at - _EPOCH) // _MICROSECOND, item.model_version, len(name))
+    return b"".join((head, name, item.probabilities.astype("<f4", copy=False).tobytes(), item.images.tobytes()))
+
+
+def _decode(payload: bytes, rows: int) -> LoggedPrediction:
+    try:
+        request_id, microseconds, version, length = _HEAD.unpack_from(payload)
+        at = _HEAD.size + length
+        name = payload[_HEAD.size : at].decode()
+        created_at = _EPOCH + timedelta(microseconds=microseconds)
+    except (struct.error, OverflowError) as error:
+        raise ValueError(f"no prediction: {error}") from error
+    images_at = at + rows * _PROBABILITY_BYTES
+    if len(payload) != images_at + rows * _IMAGE_BYTES:
+        raise ValueError(f"{len(payload)} bytes are not {rows} predictions")
+    return LoggedPrediction(
+        request_id=UUID(bytes=request_id),
+        created_at=created_at,
+        model_name=name,
+        model_version=version,
+        probabilities=np.frombuffer(payload, "<f4", rows * NUM_CLASSES, at).reshape(rows, NUM_CLASSES),
+        images=np.frombuffer(payload, np.uint8, rows * _IMAGE_BYTES, images_at).reshape(rows, *IMAGE_SHAPE),
+    )
+
+
+def _insert(cursor: Any, items: list[LoggedPrediction]) -> None:
+    """Writes what is not in the database yet; of two items with one id the first."""
+    by_id: dict[str, LoggedPrediction] = {}
+    for item in items:
+        by_id.setdefault(str(item.request_id), item)
+    cursor.execute(WRITERS_TAKE_TURNS)
+    days = sorted({item.created_at.astimezone(UTC).date() for item in by_id.values()})
+    cursor.execute("SELECT ensure_prediction_days(%s::date[])", (days,))
+    cursor.execute(
+        _NEW_REQUESTS,
+        (list(by_id), [item.created_at for item in by_id.values()], [len(item.images) for item in by_id.values()]),
+    )
+    new = {row[0] for row in cursor.fetchall()}
+    content = [_COPY_BEGIN]
+    # In their order, since ids are given in the order of the rows.
+    for name, group in groupby((by_id[key] for key in by_id if key in new), key=lambda item: item.model_name):
+        content.append(_copied(name, list(group)))
+    content.append(_COPY_END)
+    cursor.copy_expert(_COPY, io.BytesIO(b"".join(content)), size=1 << 16)
+
+
+@lru_cache(maxsize=16)
+def _row_type(name_bytes: int) -> np.dtype:
+    """A row of `_COPY` with a model name of so many bytes, as it goes over the wire."""
+    fields: list[tuple[Any, ...]] = [
+        ("request_id", "V16"),
+        ("item_index", ">i2"),
+        ("created_at", ">i8"),
+        ("model_name", f"V{name_bytes}"),
+        ("model_version", ">i4"),
+        ("class_id", ">i2"),
+        ("probabilities", [("dimensions", ">i4", (5,)), ("values", _REAL, (NUM_CLASSES,))]),
     ]
-    with connection, connection.cursor() as cursor:
-        cursor.execute(_WRITERS_TAKE_TURNS)
-        execute_values(cursor, _INSERT, rows, template=_ROW, page_size=len(rows))
+    sized = [part for name, *rest in fields for part in ((f"{name}_size", ">i4"), (name, *rest))]
+    looks = ("looks", _REAL, (len(STATISTIC_NAMES),))
+    return np.dtype([("fields", ">i2"), *sized, looks, ("image_size", ">i4"), ("image", np.uint8, (_IMAGE_BYTES,))])
+
+
+def _copied(model_name: str, items: list[LoggedPrediction]) -> bytes:
+    """The rows of items of one model in the binary format of COPY."""
+    counts = [len(item.images) for item in items]
+    images = np.concatenate([item.images for item in items])
+    probabilities = np.concatenate([item.probabilities for item in items])
+    name = model_name.encode()
+    rows = np.zeros(len(images), _row_type(len(name)))
+    rows["fields"] = 7 + len(STATISTIC_NAMES) + 1
+    for field in ("request_id", "item_index", "created_at", "model_name", "model_version", "class_id", "probabilities",
+                  "image"):  # fmt: skip
+        rows[f"{field}_size"] = rows.dtype[field].itemsize
+    rows["request_id"] = np.repeat(np.array([item.request_id.bytes for item in items], "V16"), counts)
+    rows["item_index"] = np.concatenate([np.arange(count) for count in counts])
+    times = [(item.created_at - _EPOCH) // _MICROSECOND - _POSTGRES_EPOCH_US for item in items]
+    rows["created_at"] = np.repeat(np.array(times, np.int64), counts)
+    rows["model_name"] = np.void(name)
+    rows["model_version"] = np.repeat([item.model_version for item in items], counts)
+    rows["class_id"] = probabilities.argmax(axis=1)
+    # One dimension, no NULL, of reals, ten of them, counted from one.
+    rows["probabilities"]["dimensions"] = (1, 0, _REAL_OID, NUM_CLASSES, 1)
+    looks = np.stack(list(image_statistics(images).values()), axis=1)
+    for reals, values in ((rows["probabilities"]["values"], probabilities), (rows["looks"], looks)):
+        reals["size"] = _REAL["value"].itemsize
+        reals["value"] = values
+    rows["image"] = images.reshape(len(images), -1)
+    return rows.tobytes()

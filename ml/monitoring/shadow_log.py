@@ -5,18 +5,27 @@ decided by whoever asks for them.
 """
 
 import logging
+import struct
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
 
 import numpy as np
-from psycopg2.extensions import connection as Connection  # noqa: N812 - psycopg2 names its class in lower case
 from psycopg2.extras import execute_values
 
 from ml.database import transaction
+from ml.datasets.labels import NUM_CLASSES
 from ml.monitoring.batch_writer import BatchWriter
 from ml.traffic import Mirrored
 
 logger = logging.getLogger(__name__)
+
+# In the file: id, microseconds since 1970, both versions, both times, whether it failed; then the champion's classes,
+# and the challenger's probabilities, or why there are none.
+_HEAD = struct.Struct("<16sqiidd?")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 _INSERT = """
 INSERT INTO shadow_predictions (request_id, item_index, created_at, champion_version, challenger_version,
@@ -85,17 +94,55 @@ class ShadowLog(BatchWriter[Mirrored]):
 
     _logger, _name = logger, "Shadow log"
 
-    def _insert(self, connection: Connection, batch: list[Mirrored]) -> None:
-        _insert(connection, batch)
+    def _encode(self, item: Mirrored) -> bytes:
+        return _encode(item)
+
+    def _decode(self, payload: bytes, rows: int) -> Mirrored:
+        return _decode(payload, rows)
+
+    def _insert(self, cursor: Any, items: list[Mirrored]) -> None:
+        rows = [row for item in items for row in _rows(item)]
+        execute_values(cursor, _INSERT, rows, template=_ROW, page_size=len(rows))
 
     def _rows_of(self, item: Mirrored) -> int:
         return len(item.champion_classes)
 
 
-def _insert(connection: Connection, batch: list[Mirrored]) -> None:
-    rows = [row for item in batch for row in _rows(item)]
-    with connection, connection.cursor() as cursor:
-        execute_values(cursor, _INSERT, rows, template=_ROW, page_size=len(rows))
+def _encode(item: Mirrored) -> bytes:
+    head = _HEAD.pack(
+        item.request_id.bytes,
+        (item.created_at - _EPOCH) // _MICROSECOND,
+        item.champion_version,
+        item.challenger_version,
+        item.champion_ms,
+        item.challenger_ms or 0.0,
+        item.failure is not None,
+    )
+    classes = item.champion_classes.astype(np.int8).tobytes()
+    if item.probabilities is None:
+        return head + classes + (item.failure or "").encode("utf-8", "backslashreplace")
+    return head + classes + item.probabilities.astype("<f4").tobytes()
+
+
+def _decode(payload: bytes, rows: int) -> Mirrored:
+    try:
+        request_id, microseconds, champion, challenger, champion_ms, challenger_ms, failed = _HEAD.unpack_from(payload)
+        created_at = _EPOCH + timedelta(microseconds=microseconds)
+    except (struct.error, OverflowError) as error:
+        raise ValueError(f"nothing mirrored: {error}") from error
+    at = _HEAD.size
+    rest = payload[at + rows :]
+    return Mirrored(
+        request_id=UUID(bytes=request_id),
+        created_at=created_at,
+        champion_version=champion,
+        challenger_version=challenger,
+        champion_classes=np.frombuffer(payload, np.int8, rows, at).astype(np.int64),
+        probabilities=None if failed else np.frombuffer(rest, "<f4").reshape(rows, NUM_CLASSES),
+        champion_ms=champion_ms,
+        challenger_ms=None if failed else challenger_ms,
+        failure=rest.decode() if failed else None,
+    )
 
 
 def _rows(item: Mirrored) -> list[tuple[object, ...]]:

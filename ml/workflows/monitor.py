@@ -3,7 +3,8 @@
 Composes `ml.monitoring`. The order makes a crash harmless at any point: read, test, write the report's files (a
 repeated run replaces them); then window, retraining and alerts in one transaction; then delivery. Until that
 transaction nothing has happened and the next run judges the same predictions; after it they are judged for good, and
-the next run delivers an alert that was not delivered and hands on a retraining that was not started.
+the next run delivers an alert that was not delivered and hands on a retraining that was not started. At the end
+predictions that are older than they are kept are removed, which no verdict depends on.
 
 Starting the retraining is the orchestrator's: what it starts says so with `start_retraining` and tells how it ended
 with `finish_retraining`.
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from ml.errors import ConfigurationError, DatabaseUnavailable, ModelNotFound
 from ml.monitoring import alerts, windows
+from ml.monitoring.gaps import gap_message, take_untold_gaps
 from ml.monitoring.performance import LivePerformance, live_performance
 from ml.monitoring.policy import alert_due, verdict
 from ml.monitoring.prediction_log import Window, read_window
@@ -25,6 +27,7 @@ from ml.monitoring.reference import Reference, Sample, read_reference
 from ml.monitoring.statistics import DriftResult, test_drift
 from ml.registry.versions import CHAMPION, REFERENCE_FILE, Registry
 from ml.settings import Settings
+from ml.workflows.retain import retain
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +139,13 @@ def monitor_champion(
                 cooldown=timedelta(minutes=settings.retrain_cooldown_minutes),
                 now=clock(),
             )
+            channels = [alerts.LOG] + ([alerts.WEBHOOK] if settings.alert_webhook_url else [])
             if alert_due(judged.row.verdict):
-                channels = [alerts.LOG] + ([alerts.WEBHOOK] if settings.alert_webhook_url else [])
                 windows.insert_alerts(cursor, window_id, _message(judged, champion, retraining), channels)
+            for gap in take_untold_gaps(cursor):
+                windows.insert_alerts(cursor, window_id, gap_message(gap), channels)
     _deliver(settings)
+    _retain(settings)
     row = judged.row
     logger.info("Verdict on %s v%d: %s (%d predictions)", row.model_name, row.model_version, row.verdict, row.n)
     return {
@@ -289,3 +295,10 @@ def _deliver(settings: Settings) -> None:
         windows.deliver_alerts(settings.database_url, lambda alert: alerts.deliver(alert, webhook_url=address))
     except DatabaseUnavailable as error:
         logger.warning("Some alerts stay open until the next run: %s", error)
+
+
+def _retain(settings: Settings) -> None:
+    try:
+        retain(settings)
+    except DatabaseUnavailable as error:
+        logger.warning("Old predictions stay until the next run: %s", error)

@@ -67,6 +67,8 @@ def insert(url, n, seed, *, brightness=0.5, version=1, right=None):
         for i in range(n)
     ]
     with transaction(url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT ensure_prediction_days(ARRAY[%s])", (rows[0][2].date(),))
+        cursor.execute("INSERT INTO requests VALUES (%s, %s, %s)", (request, rows[0][2], n))
         psycopg2.extras.execute_values(
             cursor,
             "INSERT INTO predictions (request_id, item_index, created_at, model_name, model_version, class_id, "

@@ -12,8 +12,8 @@ from ml.database import transaction
 from ml.errors import DatabaseUnavailable, InputInvalid, PredictionNotFound
 from ml.monitoring.image_statistics import STATISTIC_NAMES, image_statistics
 from ml.monitoring.prediction_log import (
-    _WRITERS_TAKE_TURNS,
     NO_LABEL,
+    WRITERS_TAKE_TURNS,
     LoggedPrediction,
     PredictionLog,
     read_window,
@@ -38,8 +38,8 @@ def prediction(n=1, *, version=1, seed=0, request_id=None):
 
 
 @pytest.fixture
-def log(database_url):
-    opened = PredictionLog(database_url)
+def log(database_url, tmp_path):
+    opened = PredictionLog(database_url, tmp_path)
     opened.start()
     yield opened
     opened.close()
@@ -49,6 +49,11 @@ def rows(url, query="SELECT count(*) FROM predictions"):
     with transaction(url) as connection, connection.cursor() as cursor:
         cursor.execute(query)
         return cursor.fetchall()
+
+
+def stored(url):
+    """The requests in the order in which their rows got their ids, with how many rows each has."""
+    return rows(url, "SELECT request_id, count(*) FROM predictions GROUP BY request_id ORDER BY min(id)")
 
 
 def test_what_is_logged_is_read_back(log, database_url):
@@ -64,10 +69,10 @@ def test_what_is_logged_is_read_back(log, database_url):
     for name, values in image_statistics(sent.images).items():
         np.testing.assert_allclose(window.statistics[name], values, rtol=1e-6)
     assert window.labels.tolist() == [NO_LABEL] * 3
-    (stored,) = rows(database_url, "SELECT request_id, item_index, created_at, image FROM predictions LIMIT 1")
-    assert stored[0] == str(sent.request_id)
-    assert stored[2] == sent.created_at
-    assert bytes(stored[3]) == sent.images[stored[1]].tobytes()
+    (first,) = rows(database_url, "SELECT request_id, item_index, created_at, image FROM predictions LIMIT 1")
+    assert first[0] == str(sent.request_id)
+    assert first[2] == sent.created_at
+    assert bytes(first[3]) == sent.images[first[1]].tobytes()
 
 
 def test_a_row_is_written_without_anyone_asking(log, database_url):
@@ -127,8 +132,8 @@ def test_feedback_is_kept_replaced_and_read(log, database_url):
     assert read_window(database_url, 1, 0, 10).labels.tolist() == [NO_LABEL, 3]
 
 
-def test_feedback_right_after_the_prediction_finds_it(database_url):
-    log = PredictionLog(database_url, flush_every=60)  # would not write in time by itself
+def test_feedback_right_after_the_prediction_finds_it(database_url, tmp_path):
+    log = PredictionLog(database_url, tmp_path, flush_every=60)  # would not write in time by itself
     log.start()
     sent = prediction()
     log.append(sent)
@@ -149,43 +154,50 @@ def test_feedback_with_a_wrong_label_is_refused(log, label):
         log.record_feedback(uuid4(), 0, label)
 
 
-def test_nothing_is_lost_while_postgresql_is_away(tmp_path_factory, caplog):
+def test_nothing_is_lost_while_postgresql_is_away(tmp_path_factory, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     # One of its own: the shared one also carries MLflow.
     postgres = PostgresProcess(tmp_path_factory.mktemp("outage") / "data")
     database_url = postgres.new_database("predictions")
     migrate(database_url)
-    log = PredictionLog(database_url, capacity=100, longest_pause=0.2)
+    log = PredictionLog(database_url, tmp_path, longest_pause=0.2)
     log.start()
     log.append(prediction(5))
     assert log.flush()
     postgres.stop()
     try:
-        kept = [prediction(10, seed=seed) for seed in range(10)]
+        kept = [prediction(10, seed=seed) for seed in range(100)]
         assert all(log.append(item) for item in kept)
-        assert not log.append(prediction(1))  # the bound
         assert not log.flush(0.5)
         state = log.state()
-        assert (state.queued, state.dropped, state.database_ok) == (100, 1, False)
+        assert (state.queued, state.dropped, state.database_ok, state.spool_ok) == (1000, 0, False, True)
+        assert state.spool_bytes > 1000 * 3072
         with pytest.raises(DatabaseUnavailable):
             log.record_feedback(kept[0].request_id, 0, 1)
+        # Still away: another process opens the same folder, and the first one ends.
+        log.close(timeout=0.2)
+        log = PredictionLog(database_url, tmp_path, longest_pause=0.2)
+        log.start()
+        later = prediction(3)
+        assert log.append(later)
     finally:
         postgres.start()
     assert log.flush(20)
-    assert rows(database_url) == [(105,)]
+    assert stored(database_url)[1:] == [(str(item.request_id), len(item.images)) for item in (*kept, later)]
     assert log.record_feedback(kept[0].request_id, 0, 1) is True
     state = log.state()
-    assert (state.queued, state.written, state.dropped, state.database_ok) == (0, 105, 1, True)
+    assert (state.queued, state.written, state.dropped, state.database_ok) == (0, 1003, 0, True)
     log.close()
     postgres.stop()
     told = [r.message for r in caplog.records if r.name == "ml.monitoring.prediction_log"]
-    assert sum("Keeping up to" in line for line in told) == 1
+    assert sum("Keeping up to" in line for line in told) == 2  # once for each of the two
     assert any("is back" in line for line in told)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_schema_that_comes_later_loses_nothing(postgres):
+def test_a_schema_that_comes_later_loses_nothing(postgres, tmp_path):
     url = postgres.new_database("predictions_late")
-    log = PredictionLog(url, longest_pause=0.2)
+    log = PredictionLog(url, tmp_path, longest_pause=0.2)
     log.start()
     log.append(prediction(4))
     assert not log.flush(0.5)
@@ -197,7 +209,7 @@ def test_a_schema_that_comes_later_loses_nothing(postgres):
 
 def test_writers_take_turns_so_that_no_watermark_can_step_over_a_slower_one(log, database_url):
     with transaction(database_url) as slower:
-        slower.cursor().execute(_WRITERS_TAKE_TURNS)
+        slower.cursor().execute(WRITERS_TAKE_TURNS)
         log.append(prediction())
         assert not log.flush(0.5)
         assert rows(database_url) == [(0,)]
@@ -213,11 +225,11 @@ def test_rows_that_can_never_be_written_do_not_hold_up_the_next(log, database_ur
     log.append(prediction(3))
     assert log.flush()
     assert rows(database_url) == [(3,)]
-    assert log.state().dropped == 2
+    assert (log.state().refused, log.state().dropped) == (2, 0)
 
 
-def test_closing_writes_what_is_queued(database_url):
-    log = PredictionLog(database_url, flush_every=60)
+def test_closing_writes_what_is_queued(database_url, tmp_path):
+    log = PredictionLog(database_url, tmp_path, flush_every=60)
     log.start()
     log.append(prediction(7))
     log.close()
@@ -226,14 +238,20 @@ def test_closing_writes_what_is_queued(database_url):
     assert log.state().dropped == 1
 
 
-def test_closing_without_a_database_ends_and_counts_the_loss():
-    log = PredictionLog(NOBODY, longest_pause=0.1)
+def test_closing_without_a_database_ends_and_leaves_all_to_the_next(database_url, tmp_path):
+    log = PredictionLog(NOBODY, tmp_path, longest_pause=0.1)
     log.start()
-    log.append(prediction(7))
+    sent = prediction(7)
+    log.append(sent)
     log.close(timeout=0.5)
     state = log.state()
-    assert (state.queued, state.dropped) == (0, 7)
+    assert (state.written, state.dropped) == (0, 0)
     assert not any(t.name == "prediction-log" and t.is_alive() for t in threading.enumerate())
+    following = PredictionLog(database_url, tmp_path)
+    following.start()
+    assert following.flush()
+    following.close()
+    assert stored(database_url) == [(str(sent.request_id), 7)]
 
 
 def test_reading_without_a_database_is_could_not_ask():

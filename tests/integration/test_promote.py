@@ -597,7 +597,7 @@ class Mirror:
         while self.seen is None and time.monotonic() < deadline:
             self.seen = traffic.read(self.site.registry)
             time.sleep(0.05)
-        log = ShadowLog(self.site.settings.database_url)
+        log = ShadowLog(self.site.settings.database_url, self.site.settings.spool_dir)
         log.start()
         for number in range(self.images):
             answer = np.eye(10)[[1 if number < self.differ else 0]]

@@ -40,8 +40,8 @@ def drawn(requests=40):
 
 
 @pytest.fixture
-def log(database_url):
-    opened = ShadowLog(database_url)
+def log(database_url, tmp_path):
+    opened = ShadowLog(database_url, tmp_path)
     opened.start()
     yield opened
     opened.close()
@@ -151,13 +151,13 @@ def test_a_row_is_an_answer_or_a_failure(database_url):
         write_half()
 
 
-def test_while_postgresql_is_away_rows_wait_and_what_does_not_fit_is_counted(tmp_path_factory):
+def test_while_postgresql_is_away_rows_wait_and_what_does_not_fit_is_counted(tmp_path_factory, tmp_path):
     from ml.stack.migrations import migrate
 
     postgres = PostgresProcess(tmp_path_factory.mktemp("outage") / "data")
     database_url = postgres.new_database("predictions")
     migrate(database_url)
-    log = ShadowLog(database_url, capacity=50, longest_pause=0.2)
+    log = ShadowLog(database_url, tmp_path, spool_bytes=2600, longest_pause=0.2)
     log.start()
     postgres.stop()
     try:
@@ -176,13 +176,20 @@ def test_while_postgresql_is_away_rows_wait_and_what_does_not_fit_is_counted(tmp
     postgres.stop()
 
 
-def test_closing_without_a_database_ends_and_counts_the_loss():
-    log = ShadowLog(NOBODY, longest_pause=0.1)
+def test_what_waits_at_the_end_is_written_by_the_next(database_url, tmp_path):
+    log = ShadowLog(NOBODY, tmp_path, longest_pause=0.1)
     log.start()
-    log.append(mirrored(7))
+    items = drawn(7)
+    for item in items:
+        log.append(item)
     log.close(timeout=0.5)
-    assert (log.state().queued, log.state().dropped) == (0, 7)
+    assert (log.state().written, log.state().dropped) == (0, 0)
     assert not any(t.name == "shadow-log" and t.is_alive() for t in threading.enumerate())
+    following = ShadowLog(database_url, tmp_path)
+    following.start()
+    assert following.flush()
+    following.close()
+    assert_holds(read_shadow(database_url, 1, 2, START), items)
 
 
 def test_reading_without_a_database_is_could_not_ask():

@@ -14,6 +14,7 @@ from ml.monitoring.performance import LivePerformance
 from ml.monitoring.windows import JudgedWindow, TrainingRequest, monitor_lock, settled_id, watermark
 
 INSERT = (
+    "SELECT ensure_prediction_days(ARRAY[(now() AT TIME ZONE 'UTC')::date]); "
     "INSERT INTO predictions (request_id, item_index, created_at, model_name, model_version, class_id, probabilities, "
     "brightness, contrast, sharpness, saturation, noise, image) VALUES (gen_random_uuid(), 0, now(), "
     "'cifar10-classifier', 1, 0, array_fill(0.1::real, ARRAY[10]), 0, 0, 0, 0, 0, decode(repeat('00', 3072), 'hex')) "
