@@ -64,16 +64,16 @@ def remove_old(database_url: str, keep_days: int, now: datetime | None = None) -
         shadows = cursor.rowcount
         cursor.execute("DELETE FROM prediction_gaps WHERE ended_at < %s AND told_at IS NOT NULL", (limit,))
     for day in old:
-        try:
-            with transaction(database_url) as connection, connection.cursor() as cursor:
-                cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'")
+        with transaction(database_url) as connection, connection.cursor() as cursor:
+            cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'")
+            try:
                 cursor.execute(WRITERS_TAKE_TURNS)
                 cursor.execute("SELECT drop_prediction_day(%s)", (day,))
-        except psycopg2.errors.LockNotAvailable as error:
-            raise DatabaseUnavailable(
-                f"The predictions of {day} have been read for more than {_LOCK_WAIT}.",
-                fix="wait until it is done (a backup?), then run `cifar10 retain` again.",
-            ) from error
+            except psycopg2.errors.LockNotAvailable as error:
+                raise DatabaseUnavailable(
+                    f"The predictions of {day} could not be removed: somebody has read or written for {_LOCK_WAIT}.",
+                    fix="wait until that is done (a backup?), then run `cifar10 retain` again.",
+                ) from error
     if old:
         logger.info("Removed %d days of predictions before %s: %d requests", len(old), before, requests)
     return Removed(before, old, requests, shadows)

@@ -5,6 +5,7 @@ import traceback
 
 import psycopg2
 import pytest
+from alembic import command
 
 from ml.database import connect, transaction
 from ml.errors import ConfigurationError, DatabaseUnavailable
@@ -82,3 +83,54 @@ def test_one_role_cannot_enter_anothers_database(postgres):
         transaction(mine.removesuffix("/mine") + "/other"),
     ):
         pass
+
+
+ROWS_OF_0002 = """
+INSERT INTO predictions (request_id, item_index, created_at, model_name, model_version, class_id, probabilities,
+                         brightness, contrast, sharpness, saturation, noise, image)
+SELECT ('00000000-0000-0000-0000-00000000000' || request)::uuid, item, timestamptz '2026-03-01 23:59:59+00'
+       + request * interval '1 second', 'cifar10-classifier', 1, item, array_fill(0.1::real, ARRAY[10]), 0.1, 0.2, 0.3,
+       0.4, 0.5, decode(repeat(lpad(to_hex(request), 2, '0'), 3072), 'hex')
+FROM generate_series(0, 5) request, generate_series(0, 2) item ORDER BY request, item;
+DELETE FROM predictions WHERE id = 18;
+INSERT INTO feedback (request_id, item_index, label) SELECT request_id, item_index, 7 FROM predictions WHERE id <= 4
+"""
+LOGGED = (
+    "SELECT p.*, f.label, f.created_at FROM predictions p LEFT JOIN feedback f USING (request_id, item_index)"
+    " ORDER BY p.id"
+)
+
+
+def test_what_was_logged_survives_the_way_to_days_and_back(postgres, monkeypatch):
+    """Migration 0003, which copies every row."""
+    url = postgres.new_database("with_rows")
+    real = command.upgrade
+
+    def brought_to(revision):
+        move = real if revision >= "0003" or logged is None else command.downgrade
+        monkeypatch.setattr("ml.stack.migrations.command.upgrade", lambda config, _: move(config, revision))
+        migrate(url)
+        with transaction(url) as connection, connection.cursor() as cursor:
+            cursor.execute(LOGGED)
+            return [tuple(bytes(value) if isinstance(value, memoryview) else value for value in row)
+                    for row in cursor.fetchall()]  # fmt: skip
+
+    logged = None
+    assert brought_to("0002") == []
+    with transaction(url) as connection, connection.cursor() as cursor:
+        cursor.execute(ROWS_OF_0002)
+        cursor.execute(LOGGED)
+    logged = brought_to("0003")
+    assert [row[0] for row in logged] == list(range(1, 18))
+    assert [row[-2] for row in logged] == [7] * 4 + [None] * 13
+    assert logged[16][1:3] == ("00000000-0000-0000-0000-000000000005", 1)
+    assert logged[16][13] == bytes([5]) * 3072
+    with transaction(url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT relname FROM pg_class WHERE relispartition AND relkind = 'r' ORDER BY 1")
+        assert [row[0] for row in cursor.fetchall()] == ["predictions_20260301", "predictions_20260302"]
+        cursor.execute("SELECT images FROM requests ORDER BY request_id")
+        assert [row[0] for row in cursor.fetchall()] == [3, 3, 3, 3, 3, 2]
+        cursor.execute("SELECT nextval('prediction_ids')")
+        assert cursor.fetchone() == (18,)
+    assert brought_to("0002") == logged
+    assert brought_to("0003") == logged

@@ -19,6 +19,7 @@ from ml.errors import (
     RegistryUnavailable,
 )
 from ml.evaluation.golden import write_golden
+from ml.monitoring.gaps import Gap, insert_gaps
 from ml.monitoring.reference import STATISTIC_NAMES, write_reference
 from ml.monitoring.testing import FakeRegistry, FakeVersion, webhook_receiver
 from ml.monitoring.windows import monitor_lock
@@ -360,3 +361,29 @@ def test_what_could_not_be_asked_raises_and_writes_nothing(watched, registry, da
         monitor_champion(watched, registry, min_predictions=3000)
     assert rows(database_url, "SELECT count(*) FROM monitor_windows") == [(0,)]
     assert not watched.reports_dir.exists()
+
+
+def test_what_a_log_lost_is_told_once_and_what_is_too_old_goes(watched, registry, database_url, caplog):
+    old = datetime.now(UTC) - timedelta(days=watched.prediction_retention_days + 1)
+    with transaction(database_url) as connection, connection.cursor() as cursor:
+        insert_gaps(cursor, [Gap(str(uuid.uuid4()), "Prediction log", START, START, 41, "the spool is full")])
+        cursor.execute("SELECT ensure_prediction_days(ARRAY[%s])", (old.date(),))
+        cursor.execute("INSERT INTO requests VALUES (gen_random_uuid(), %s, 1)", (old,))
+    for _ in range(2):
+        result = monitor_champion(watched, registry)
+        assert (result["verdict"], result["alert"]) == ("insufficient", False)
+    told = rows(database_url, "SELECT message, channel, delivered_at IS NOT NULL FROM alerts")
+    assert [row[1:] for row in told] == [("log", True)]
+    assert "Prediction log: 41 rows are missing from 2026-01-01 12:00:00" in told[0][0]
+    assert sum("41 rows are missing" in record.message for record in caplog.records) == 1
+    assert rows(database_url, "SELECT count(*) FROM requests") == [(0,)]
+
+
+def test_a_verdict_stands_though_nothing_could_be_removed(watched, registry, database_url, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise DatabaseUnavailable("A backup reads.", fix="wait.")
+
+    monkeypatch.setattr("ml.workflows.retain.remove_old", refuse)
+    insert(database_url, 120, seed=1)
+    assert monitor_champion(watched, registry)["verdict"] == "stable"
+    assert any("Old predictions stay" in record.message for record in caplog.records)

@@ -157,7 +157,7 @@ def test_while_postgresql_is_away_rows_wait_and_what_does_not_fit_is_counted(tmp
     postgres = PostgresProcess(tmp_path_factory.mktemp("outage") / "data")
     database_url = postgres.new_database("predictions")
     migrate(database_url)
-    log = ShadowLog(database_url, tmp_path, spool_bytes=2600, longest_pause=0.2)
+    log = ShadowLog(database_url, tmp_path, spool_bytes=2500, longest_pause=0.2)
     log.start()
     postgres.stop()
     try:

@@ -14,7 +14,6 @@ from ml.monitoring.performance import LivePerformance
 from ml.monitoring.windows import JudgedWindow, TrainingRequest, monitor_lock, settled_id, watermark
 
 INSERT = (
-    "SELECT ensure_prediction_days(ARRAY[(now() AT TIME ZONE 'UTC')::date]); "
     "INSERT INTO predictions (request_id, item_index, created_at, model_name, model_version, class_id, probabilities, "
     "brightness, contrast, sharpness, saturation, noise, image) VALUES (gen_random_uuid(), 0, now(), "
     "'cifar10-classifier', 1, 0, array_fill(0.1::real, ARRAY[10]), 0, 0, 0, 0, 0, decode(repeat('00', 3072), 'hex')) "
@@ -24,11 +23,18 @@ BASELINE = TrainingRequest("baseline", "ds-0123456789ab", "demo")
 UNKNOWN = LivePerformance(labelled=0, correct=0, accuracy=None, interval=None, estimated_accuracy=None)
 
 
+@pytest.fixture
+def today(database_url):
+    """The partition that INSERT needs, as a writer makes it."""
+    with transaction(database_url) as connection:
+        connection.cursor().execute("SELECT ensure_prediction_days(ARRAY[(now() AT TIME ZONE 'UTC')::date])")
+
+
 def judged(ids, verdict="stable"):
     return JudgedWindow("cifar10-classifier", 1, ids, 5, verdict, None, UNKNOWN, None)
 
 
-def test_a_slow_writers_lower_id_is_waited_for(database_url):
+def test_a_slow_writers_lower_id_is_waited_for(database_url, today):
     slow, fast = connect(database_url), connect(database_url)
     try:
         with slow.cursor() as cursor:
@@ -49,7 +55,7 @@ def test_a_slow_writers_lower_id_is_waited_for(database_url):
         fast.close()
 
 
-def test_a_writer_that_never_ends_is_could_not_ask(database_url, monkeypatch):
+def test_a_writer_that_never_ends_is_could_not_ask(database_url, today, monkeypatch):
     monkeypatch.setattr(windows, "_SETTLE_WAIT", "100ms")
     stuck = connect(database_url)
     try:
