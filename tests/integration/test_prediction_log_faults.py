@@ -472,7 +472,8 @@ def test_the_servers_role_makes_and_drops_days_and_no_other_table(postgres, tmp_
     with transaction(owner) as connection:
         connection.cursor().execute(
             f"GRANT CONNECT ON DATABASE {name} TO {name}_writer;"
-            f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {name}_writer;"
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES "
+            f"TO {name}_writer;"
             f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT USAGE, SELECT ON SEQUENCES TO {name}_writer;"
         )
     migrate(owner)
