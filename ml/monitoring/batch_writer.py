@@ -385,18 +385,23 @@ class BatchWriter(ABC, Generic[T]):
         """Takes over what processes left that are gone."""
         if time.monotonic() < self._look_again:
             return
-        for orphan in spool.adopt(self._folder):
+        self._look_again = time.monotonic() + _LOOK_FOR_ORPHANS_EVERY
+        try:
+            aside = [path for kind in ("refused", "corrupt") for path in self._folder.glob(f"*/*.{kind}")]
+            self._aside_bytes = sum(path.stat().st_size for path in aside)
+            orphans = spool.adopt(self._folder)
+        except OSError as error:
+            self._logger.warning("%s: %s cannot be looked through: %s", self._name, self._folder, error)
+            orphans = []
+        for orphan in orphans:
             try:
                 self._inherited += gaps_from_json(orphan.note())
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 self._logger.error("%s: what %s says of lost rows cannot be read: %s", self._name, orphan.folder, error)
             waiting = orphan.waiting_bytes
             self._logger.info("%s: %d bytes in %s are of a process that is gone.", self._name, waiting, orphan.folder)
             self._orphans.append(orphan)
             self._orphan_bytes += waiting
-        aside = [path for kind in ("refused", "corrupt") for path in self._folder.glob(f"*/*.{kind}")]
-        self._aside_bytes = sum(path.stat().st_size for path in aside)
-        self._look_again = time.monotonic() + _LOOK_FOR_ORPHANS_EVERY
         with self._changed:
             self._replaying = bool(self._orphans)
             self._changed.notify_all()

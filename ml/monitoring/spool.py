@@ -11,6 +11,7 @@ Owns the format of the files and the folders' locks; what a record means, and wh
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import struct
@@ -21,6 +22,8 @@ from typing import NamedTuple
 from zlib import crc32
 
 from ml.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 _MARK = b"\xc1\x0ar\x01"
 _COUNTS = struct.Struct("<II")
@@ -365,25 +368,40 @@ def adopt(parent: Path) -> list[Spool]:
     """The folders in `parent` whose owner is gone and in which something waits, now owned by this process.
 
     Raises:
-        OSError: the disk refused.
+        OSError: `parent` cannot be listed. A folder in it that cannot be used is told and left alone.
     """
     found: list[Spool] = []
     for folder in sorted(parent.iterdir()) if parent.exists() else ():
         if folder.name.startswith("."):
             continue
         try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # what people were left to look at, or what another process is just removing
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (folder / _LOCK).stat()  # whoever held it until now may have removed it
-        except (BlockingIOError, FileNotFoundError):
-            os.close(lock)
+            spool = _taken_over(folder)
+        except OSError as error:
+            logger.warning("%s cannot be taken over: %s", folder, error)
             continue
-        spool = Spool(folder, lock)
-        if spool.waiting_bytes or spool.note():
+        if spool is not None:
             found.append(spool)
-        else:
-            spool.close()
     return found
+
+
+def _taken_over(folder: Path) -> Spool | None:
+    """The folder, locked; None where somebody owns it, or nothing waits in it: then it is tidied away."""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # what people were left to look at, or what another process is just removing
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / _LOCK).stat()  # whoever held it until now may have removed it
+        spool = Spool(folder, lock)
+        waits = spool.waiting_bytes or spool.note()
+    except (BlockingIOError, FileNotFoundError):
+        os.close(lock)
+        return None
+    except OSError:
+        os.close(lock)
+        raise
+    if waits:
+        return spool
+    spool.close()
+    return None

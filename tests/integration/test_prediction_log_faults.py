@@ -145,6 +145,19 @@ def test_an_orphan_is_found_while_a_log_is_open(database_url, tmp_path, monkeypa
     log.close()
 
 
+def test_a_folder_that_cannot_be_taken_over_holds_up_nobody(database_url, tmp_path, caplog):
+    (tmp_path / "odd" / "lock").mkdir(parents=True)
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "without a lock").mkdir()
+    log = opened(database_url, tmp_path)
+    sent = prediction()
+    log.append(sent)
+    assert log.flush()
+    assert ids(database_url) == [sent.request_id]
+    assert sum("cannot be taken over" in record.message for record in caplog.records) == 1
+    log.close()
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """A disk that takes nothing while `full` is set; everything else of the process can write."""
