@@ -104,6 +104,23 @@ def test_it_serves_logs_takes_feedback_and_writes_out_at_the_end(server, databas
     assert all(line.startswith("{") for line in log.read_text().splitlines())
 
 
+def test_every_answer_of_a_killed_server_is_in_the_log_once_the_next_one_runs(server, tmp_path, database_url):
+    process, url, _ = server
+    body = json.dumps({"inputs": np.zeros((2, 32, 32, 3)).tolist()})
+    answered = [
+        httpx.post(f"{url}/invocations", content=body, headers={"Content-Type": "application/json"}).headers
+        for _ in range(30)
+    ]
+    os.killpg(process.pid, signal.SIGKILL)
+    with serving(tmp_path, database_url) as (following, _, _):
+        following.send_signal(signal.SIGTERM)
+        assert following.wait(30) == 0
+    with transaction(database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT request_id, count(*) FROM predictions GROUP BY request_id ORDER BY min(id)")
+        assert cursor.fetchall() == [(headers["X-Request-ID"], 2) for headers in answered]
+    assert list((tmp_path / "var" / "spool" / "predictions").iterdir()) == []
+
+
 def test_it_follows_the_alias_in_a_real_registry(tmp_path, settings, mlflow_uri, database_url):
     here = settings.model_copy(update={"mlflow_tracking_uri": mlflow_uri})
     empty_registry(mlflow_uri)
