@@ -53,6 +53,13 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Engine(StrEnum):
+    """The forms in which a version can serve."""
+
+    fp32 = "fp32"
+    int8 = "int8"
+
+
 class Architecture(StrEnum):
     """The models that can be trained."""
 
@@ -287,6 +294,9 @@ def pretrain(
 @app.command()
 def inspect(
     version: Annotated[int, typer.Argument(min=1, help="The number of a registered version.")],
+    engine: Annotated[
+        Engine | None, typer.Option(help="Which of its forms; the one in which it serves where none is given.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that a version, as the registry hands it out, loads, agrees with itself, and is quick and small enough.
@@ -297,7 +307,7 @@ def inspect(
     def work(settings: Settings) -> dict[str, Any]:
         from ml.workflows.inspect_version import inspect_version as workflow
 
-        return workflow(settings, version)
+        return workflow(settings, version, engine.value if engine else None)
 
     _run(work, as_json=as_json, show=_print_inspection)
 
@@ -369,6 +379,22 @@ def rollback(as_json: AsJson = False) -> None:
         from ml.workflows.rollback import rollback as workflow
 
         return workflow(settings)
+
+    _run(work, as_json=as_json)
+
+
+@app.command()
+def engine(
+    version: Annotated[int, typer.Argument(min=1, help="The number of a registered version.")],
+    form: Annotated[Engine, typer.Argument(help="The form in which it is to serve.")],
+    as_json: AsJson = False,
+) -> None:
+    """Have a version serve in float32, or in int8 where the gate's policy accepts it; the servers swap to it."""
+
+    def work(settings: Settings) -> dict[str, Any]:
+        from ml.workflows.engines import set_engine
+
+        return set_engine(settings, version, form.value)
 
     _run(work, as_json=as_json)
 

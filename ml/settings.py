@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     """What Keras trains with: JAX where TensorFlow has no build for the accelerator."""
     feature_cache_gib: float = Field(8, gt=0)
     """Room on disk for outputs of frozen layers; the least recently used go first."""
+    int8_calibration_images: int = Field(512, ge=0)
+    """Training images by which each model's int8 form is made; 0 makes none. 512 take VGG16 six seconds."""
 
     # Who may call the prediction server, and where everything listens.
     prediction_api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()

@@ -58,6 +58,41 @@ def make_onnx(
     return path
 
 
+def make_convolutional(path: Path, *, seed: int = 0) -> Path:
+    """Writes a small network of the layers that the real exports have, with random weights, and returns `path`.
+
+    Pixels are scaled, then convolution, ReLU, pooling, a hidden dense layer, and one of ten classes.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (16, 3, 3, 3), "shift": (16,), "hidden": (16 * 64, 32), "bend": (32,), "last": (32, 10)}
+    constants = {name: rng.normal(0, 1 / np.sqrt(np.prod(shape[1:]) or 1), shape) for name, shape in shapes.items()}
+    constants["hidden"] = rng.normal(0, 0.1, shapes["hidden"])
+    constants["scale"] = np.array(1 / 255)
+    nodes = [
+        helper.make_node("Mul", ["image", "scale"], ["unit"]),
+        helper.make_node("Transpose", ["unit"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "kernel", "shift"], ["convolved"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["convolved"], ["bent"]),
+        helper.make_node("MaxPool", ["bent"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "hidden", "bend"], ["features"], "hidden"),
+        helper.make_node("Relu", ["features"], ["shown"]),
+        helper.make_node("Gemm", ["shown", "last"], ["logits"], "last"),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny-convolutional",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 32, 32, 3])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 10])],
+        [numpy_helper.from_array(np.asarray(array, np.float32), name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    return path
+
+
 def always(class_id: int, *, confidence: float = 0.99) -> dict[str, np.ndarray]:
     """Weights and bias (keyword arguments of `make_onnx`) that answer `class_id` to every image."""
     bias = np.full(10, np.log((1 - confidence) / 9))

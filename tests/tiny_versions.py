@@ -13,7 +13,7 @@ from ml.datasets.store import write_dataset
 from ml.datasets.synthetic import generate
 from ml.evaluation.golden import Golden, write_golden
 from ml.registry import tracking
-from ml.registry.packaging import register
+from ml.registry.packaging import Int8Files, register
 from ml.registry.versions import MODEL_NAME, ModelVersion, Registry
 from ml.settings import Settings
 from tests.tiny_models import make_onnx
@@ -43,6 +43,7 @@ def register_tiny(
     model: Mapping[str, object] | None = None,
     files: Files | None = None,
     golden: Golden | None = None,
+    int8: Int8Files | str = "a tiny model has none",
     card: str | None = None,
     validation_accuracy: float = 0.5,
     architecture: str = "baseline",
@@ -68,6 +69,7 @@ def register_tiny(
             weights="RANDOM WEIGHTS",
             reference=reference,
             golden=write_golden(work / "golden.npz", golden or STAND_IN),
+            int8=int8,
             card=card or f"# A tiny model on {manifest.data} data\n",
             input_example=np.zeros((2, 32, 32, 3), dtype=np.uint8),
             data=manifest.data,

@@ -189,6 +189,7 @@ class ModelState(TypedDict):
     data: Annotated[str, Field(description="what it learnt from: cifar-10, or SYNTHETIC", examples=["cifar-10"])]
     architecture: str
     weights: Annotated[str, Field(description="what training started from")]
+    engine: Annotated[Literal["fp32", "int8"], Field(description="the form of the model that answers")]
     loaded_at: Time
     swaps: Annotated[int, Field(ge=1)]
     failed_swaps: Count

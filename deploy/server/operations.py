@@ -54,6 +54,7 @@ def blueprint(follower: Follower, router: Router, gate: Gate, metrics: ServerMet
             data=loaded.data,
             architecture=loaded.architecture,
             weights=loaded.weights,
+            engine=loaded.engine_name,
             loaded_at=loaded.loaded_at.isoformat(),
             swaps=state.swaps,
             failed_swaps=state.failed_swaps,

@@ -97,9 +97,9 @@ def compare(
             fix="give one label and two rows of ten probabilities for each of one or more images.",
         )
     mine, theirs = candidate.argmax(axis=1) == labels, champion.argmax(axis=1) == labels
-    pairs = _paired(mine, theirs)
+    pairs = paired(mine, theirs)
     of_classes = [
-        (name, _paired(mine[here], theirs[here]))
+        (name, paired(mine[here], theirs[here]))
         for name, here in ((name, labels == i) for i, name in enumerate(CLASS_NAMES))
         if here.any()
     ]
@@ -115,17 +115,29 @@ def compare(
             ClassComparison(name, each, Difference(each.difference, *difference_interval(each)), float(p))
             for (name, each), p in zip(of_classes, fallen, strict=True)
         ),
-        calibration_error=_calibration_difference(labels, candidate, champion),
+        calibration_error=calibration_difference(labels, candidate, champion),
         corrupted_accuracy=None if corrupted is None else _mean_difference(*corrupted),
     )
 
 
-def _paired(mine: np.ndarray, theirs: np.ndarray) -> Paired:
+def paired(mine: np.ndarray, theirs: np.ndarray) -> Paired:
+    """Counts of the images that one alone has right; bool (n,) each, n >= 1: whether the image is right."""
     return Paired(len(mine), int((mine & ~theirs).sum()), int((theirs & ~mine).sum()))
 
 
-def _calibration_difference(labels: np.ndarray, candidate: np.ndarray, champion: np.ndarray) -> Difference:
-    """With a paired percentile bootstrap over the images: both models see each resample."""
+def calibration_difference(labels: np.ndarray, candidate: np.ndarray, champion: np.ndarray) -> Difference:
+    """The candidate's calibration error less the champion's.
+
+    With a paired percentile bootstrap over the images: both models see each resample.
+
+    Args:
+        labels: int (n,), the true classes, 0..9.
+        candidate: float (n, 10), its probabilities for these images, in this order.
+        champion: likewise.
+
+    Raises:
+        InputInvalid: as `ml.evaluation.metrics.evaluate`.
+    """
     mine, theirs = CalibrationGaps.of(labels, candidate), CalibrationGaps.of(labels, champion)
     rng, n = np.random.default_rng(_SEED), len(labels)
     drawn = []

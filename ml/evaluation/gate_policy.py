@@ -77,6 +77,28 @@ class Shadow(BaseModel):
     """Of the engine's answer to one request."""
 
 
+class Int8(BaseModel):
+    """Of an int8 form, paired with the float32 form on the test images: when it serves in that one's place."""
+
+    model_config = _STRICT
+
+    wanted: bool
+    """Whether an int8 form may be chosen at all."""
+    confidence: Inner
+    """Of the one-sided upper bound of the fall in accuracy."""
+    largest_accuracy_fall: Inner
+    """That bound must lie below it: the fall is shown to be smaller, and not only not shown to be larger."""
+    calibration_margin: Share
+    """The calibration error is shown to rise by no more: the whole 95 % interval lies within."""
+    least_speedup: float = Field(ge=0)
+    """How many times as fast as float32 it must answer one image (medians, on the machine that judges); 0: any."""
+    agreement: Share
+    """Inspected, it must take at least this share of the images for the class that float32 takes them for."""
+    golden_agreement: float = Field(gt=0, le=1)
+    """Largest difference of a probability of a golden image from the one kept: a value that rounds to the next of 256
+    levels on another machine moves it further than float32's noise."""
+
+
 class GatePolicy(BaseModel):
     """All of it."""
 
@@ -86,6 +108,7 @@ class GatePolicy(BaseModel):
     absolute: Absolute
     champion: AgainstChampion
     shadow: Shadow
+    int8: Int8
 
 
 def load_policy(path: Path) -> GatePolicy:

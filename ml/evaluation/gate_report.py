@@ -19,6 +19,7 @@ import numpy as np
 from ml.datasets.labels import CLASS_NAMES
 from ml.evaluation import gate_plots as plots
 from ml.evaluation.comparison import Comparison
+from ml.evaluation.engine_choice import EngineChoice
 from ml.evaluation.gate import Champion, Check, Contender, Group, Verdict
 from ml.evaluation.gate_policy import GatePolicy
 from ml.evaluation.measurement import Measurement
@@ -60,6 +61,8 @@ class GateReport:
     """Of the candidate; None where it could not be measured."""
     champion_measured: Measurement | None
     policy: GatePolicy
+    engine: EngineChoice
+    """The form in which the candidate would serve; every figure is of that form."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ def as_json(report: GateReport) -> dict[str, Any]:
         {"schema": 1, "at": ISO 8601 in UTC, "dataset_id", "data", "weights",
         "outcome": "promoted" | "refused" | "pending", "reason",
         "candidate": {"version", "architecture", "dataset_id", "validation_accuracy", "error"},
+        "engine": {"engine": "fp32" | "int8", "reason", "comparison": int8 less float32: {"pairs": {"n", "gained",
+        "lost"}, "accuracy": {"value", "low", "high"}, "largest_fall", "calibration_error": {"value", "low", "high"},
+        "agreement", "fp32": {"median_ms", "p95_ms"}, "int8": likewise} | None},
         "champion": {"version", "architecture", "dataset_id", "error"} | None,
         "checks": [{"name", "group", "holds", "says", "figure", "low", "high", "bound", "unit"}],
         "comparison": {"champion", "pairs": {"n", "gained", "lost"}, "accuracy": {"value", "low", "high"}, "p_value",
@@ -112,6 +118,7 @@ def as_json(report: GateReport) -> dict[str, Any]:
             "validation_accuracy": candidate.validation_accuracy,
             "error": candidate.error,
         },
+        "engine": asdict(report.engine),
         "champion": None if report.champion is None else asdict(report.champion),
         "checks": [asdict(check) for check in report.verdict.checks],
         "comparison": None
@@ -161,6 +168,7 @@ def as_html(report: GateReport) -> str:
         loud=[name for name in (report.data, report.weights) if _is_loud(name)],
         facts=list(_facts(report)),
         groups=list(_groups(report.verdict.checks)),
+        engine_rows=list(_engine_rows(report)),
         comparison=comparison,
         nothing_to_compare=_nothing_to_compare(report),
         forest=comparison and _forest(comparison, report.policy),
@@ -219,6 +227,7 @@ def _is_loud(word: str) -> bool:
 
 def _facts(report: GateReport) -> Iterator[tuple[str, str, str]]:
     """Name, figure, interval."""
+    yield "Serves as", report.engine.engine, "every figure is of this form"
     yield "Validation accuracy", _number(report.candidate.validation_accuracy), "candidates are chosen by it"
     if report.measured is None:
         return
@@ -230,6 +239,23 @@ def _facts(report: GateReport) -> Iterator[tuple[str, str, str]]:
         mean = _interval(corrupted.mean_accuracy_low, corrupted.mean_accuracy_high)
         yield "Accuracy under corruption", _number(corrupted.mean_accuracy), mean
     yield "Test images", f"{found.n:,}", "clean"
+
+
+def _engine_rows(report: GateReport) -> Iterator[tuple[str, str, str, str]]:
+    """Name, figure, interval, and what the policy wants; none where the two forms were not compared."""
+    found, wanted = report.engine.comparison, report.policy.int8
+    if found is None:
+        return
+    fell, rose = found.accuracy, found.calibration_error
+    yield "accuracy", _number(fell.value, "", True), _interval(fell.low, fell.high, "", True), ""
+    upper = f"upper bound with {wanted.confidence:.0%} confidence"
+    yield "fall in accuracy, at most", _number(found.largest_fall), upper, f"below {wanted.largest_accuracy_fall:g}"
+    risen = f"risen by {wanted.calibration_margin:g} at most"
+    yield "calibration error", _number(rose.value, "", True), _interval(rose.low, rose.high, "", True), risen
+    yield "images of the same class", _number(found.agreement), f"of {found.pairs.n:,}", ""
+    speed = f"{found.fp32.median_ms:.2f} ms to {found.int8.median_ms:.2f} ms"
+    yield "times as fast, one image (median)", _number(found.speedup), speed, f"at least {wanted.least_speedup:g}"
+    yield "p95 latency, one image", f"{found.int8.p95_ms:.2f} ms", f"float32 {found.fp32.p95_ms:.2f} ms", ""
 
 
 def _groups(checks: tuple[Check, ...]) -> Iterator[dict[str, object]]:

@@ -48,6 +48,8 @@ class Facts:
     """On the test images under corruption; None where it was not measured."""
     golden: int = 0
     """How many classes have a golden image."""
+    int8: Metrics | str = "it was not made"
+    """Of the validation images by the int8 form; or why there is none."""
     made: Mapping[str, str] = field(default_factory=dict)
     """Command, commit, packages, machine, and what else there is to say, in that order."""
 
@@ -155,7 +157,19 @@ def _metrics(facts: Facts) -> str:
         "Of the ONNX file. In brackets: 95 % interval (Wilson). Loss is the mean cross-entropy in nats. Precision, "
         "recall and F1 are means over the ten classes. The calibration error is the expected one of Guo et al. 2017."
     )
-    return f"{notes}\n\n{table(('figure', 'validation', 'test'), lines)}"
+    return f"{notes}\n\n{table(('figure', 'validation', 'test'), lines)}\n\n{_int8(facts)}"
+
+
+def _int8(facts: Facts) -> str:
+    found = facts.int8
+    if isinstance(found, str):
+        return f"These are figures in float32. It has no int8 form: {line(found).rstrip('.')}."
+    return (
+        f"These are figures in float32. Its int8 form (static, per channel, calibrated on training images) has a "
+        f"validation accuracy of {found.accuracy:.4f} [{found.accuracy_low:.4f}, {found.accuracy_high:.4f}] and a "
+        f"calibration error of {found.calibration_error:.4f} there. Which of the two serves is the gate's choice: tag "
+        "`engine`, with its reason in `engine.reason`."
+    )
 
 
 def _slices(facts: Facts) -> str:

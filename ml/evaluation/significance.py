@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import binomtest, norm, t
 
 from ml.errors import InputInvalid
@@ -79,6 +80,29 @@ def fallen_by_more_than(margin: float, pairs: Paired) -> float:
     if variance <= 0:  # nobody disagrees, and none was to
         return 1.0
     return float(norm.cdf((b - c - n * least) / math.sqrt(variance)))
+
+
+def largest_fall(pairs: Paired, confidence: float = 0.95) -> float:
+    """The upper one-sided confidence bound of how far accuracy has fallen, in 0..1: Tango's score test, inverted.
+
+    The smallest margin at which "it has fallen by the margin or more" is refuted; 0 where even "it has fallen at all"
+    is. Close to 1 it is not sought any further.
+
+    Raises:
+        InputInvalid: a confidence that is none.
+    """
+    if not 0 < confidence < 1:
+        raise InputInvalid(f"A confidence of {confidence} is none.", fix="give 0 < confidence < 1.")
+
+    def unrefuted(margin: float) -> float:
+        # What is small where it has fallen by more has a complement, small where it has fallen by less.
+        return 1 - fallen_by_more_than(margin, pairs) - (1 - confidence)
+
+    # Where nobody disagrees, a margin of 0 leaves nothing to test.
+    least, most = (0.0 if pairs.gained + pairs.lost else 1e-12), 1 - 1e-9
+    if unrefuted(least) <= 0:
+        return 0.0
+    return most if unrefuted(most) > 0 else float(brentq(unrefuted, least, most, xtol=1e-9))
 
 
 def difference_interval(pairs: Paired, confidence: float = 0.95, seed: int = _SEED) -> tuple[float, float]:

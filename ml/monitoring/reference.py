@@ -1,4 +1,5 @@
-"""The reference of a model version: its predictions on held-out images, kept beside it as `reference.parquet`.
+"""The reference of a model version: its predictions on held-out images, kept beside it as `reference.parquet` (those of
+its int8 form as `reference.int8.parquet`: what is compared is always what the form that serves says).
 
 Owns the file's format, and the pair of types that every other part of monitoring compares: a `Sample` is a set of
 predictions with the statistics of their images, a `Reference` is a sample whose labels are known. Making the

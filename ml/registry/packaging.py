@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -50,6 +51,15 @@ class ExportedFiles(Protocol):
         """The ONNX file: one input (n, 32, 32, 3), raw 0-255 RGB; one output (n, 10), probabilities."""
 
 
+@dataclass(frozen=True, slots=True)
+class Int8Files:
+    """The int8 form of the model, and what it says itself of held-out images."""
+
+    onnx: Path
+    reference: Path
+    golden: Path
+
+
 def register(
     run: Run,
     *,
@@ -60,6 +70,7 @@ def register(
     weights: str,
     reference: Path,
     golden: Path,
+    int8: Int8Files | str,
     card: str,
     input_example: np.ndarray,
     data: str,
@@ -68,8 +79,8 @@ def register(
     """Makes one version of `cifar10-classifier` from a run, points `challenger` at it, and returns it.
 
     The version is an MLflow pyfunc model (so `mlflow models serve` works) that serves the ONNX file; the Keras file,
-    the reference, the golden images and the model card lie beside it, and the version's description is the card as far
-    as MLflow has room for it. It waits for the gate: tag gate.decision = pending.
+    the reference, the golden images, the int8 form and the model card lie beside it, and the version's description is
+    the card as far as MLflow has room for it. It waits for the gate: tag gate.decision = pending.
 
     Args:
         run: the run that trained it, still open.
@@ -82,6 +93,7 @@ def register(
         weights: what it started from, as shown to users (`imagenet`, `RANDOM WEIGHTS`, ...).
         reference: reference.parquet of `ml.monitoring.reference`.
         golden: golden.npz of `ml.evaluation.golden`.
+        int8: the form that may serve in float32's place; or why there is none, which becomes the tag `int8`.
         card: what it is, in Markdown (`ml.evaluation.model_card`).
         input_example: a few images, uint8 or float32 (n, 32, 32, 3).
         data: `cifar-10` or `SYNTHETIC`, as shown to users.
@@ -92,13 +104,15 @@ def register(
         RegistryUnavailable: MLflow stayed away for two minutes. No version appears half-made: it is created last.
     """
     started = time.perf_counter()
-    _check(metrics, (exported.onnx, exported.keras, reference, golden))
+    of_int8 = {} if isinstance(int8, str) else _by_name(int8)
+    _check(metrics, (exported.onnx, exported.keras, reference, golden, *of_int8.values()))
     with tempfile.TemporaryDirectory(prefix="register-") as work:
         sources = {
             versions.ONNX_FILE: exported.onnx,
             versions.KERAS_FILE: exported.keras,
             versions.REFERENCE_FILE: reference,
             versions.GOLDEN_FILE: golden,
+            **of_int8,
         }
         staged = _stage(sources, card, Path(work) / "files")
         tags = {
@@ -109,6 +123,7 @@ def register(
             "recipe": str(recipe.get("name", "")),
             "git_sha": run.tags.get("git.sha", "unknown"),
             versions.TAG_DECISION: versions.PENDING,
+            versions.TAG_INT8: int8 if isinstance(int8, str) else versions.MADE,
             **{versions.metric_tag(name): repr(float(value)) for name, value in metrics.items()},
             **{versions.checksum_tag(name): file_digest(Path(path)) for name, path in staged.items()},
         }
@@ -146,6 +161,11 @@ def description(card: str) -> str:
     room = card[: LONGEST_DESCRIPTION - len(more)]
     end = room.rfind("\n## ")
     return (room[:end] if end > 0 else room).rstrip() + more
+
+
+def _by_name(int8: Int8Files) -> dict[str, Path]:
+    form = versions.INT8
+    return {form.onnx: int8.onnx, form.reference: int8.reference, form.golden: int8.golden}
 
 
 def _check(metrics: Mapping[str, float], files: Iterable[Path]) -> None:

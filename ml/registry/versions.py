@@ -6,13 +6,16 @@ Imports nothing beyond mlflow-skinny, so that the prediction server needs no mor
 A version's files, here and in MLflow:
 
     MLmodel, code/, requirements.txt ...   what `mlflow models serve` needs
-    artifacts/model.onnx                   what is served and scored
+    artifacts/model.onnx                   what is served and scored, in float32
     artifacts/model.keras                  what training goes on from
     artifacts/reference.parquet            held-out predictions that drift is measured against
     artifacts/golden.npz                   an image of each class that it has right, and what it says of it
     artifacts/card.md                      what it is, in words
+    artifacts/model.int8.onnx              the same model in 8 bits, with a reference and golden images of its own; not
+                                           all versions have it
 
-Beside them lies what was found out about it later, each in a folder of its own: see `Registry.attach`.
+Which of the two forms serves is the version's tag `engine`; one without the tag serves float32. Beside them lies what
+was found out about it later, each in a folder of its own: see `Registry.attach`.
 """
 
 import logging
@@ -21,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import mlflow.artifacts
 from mlflow import MlflowClient
@@ -44,6 +48,30 @@ MODEL_FILES = (ONNX_FILE, KERAS_FILE, REFERENCE_FILE, GOLDEN_FILE, CARD_FILE)
 """Names under a version's artifacts/. Versions of before golden images lack theirs: callers name what they need."""
 _DECLARATION = "MLmodel"
 
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One of the forms in which a version may serve, and the files that go with it."""
+
+    engine: Literal["fp32", "int8"]
+    onnx: str
+    reference: str
+    """Its own predictions: drift is measured against what this form says."""
+    golden: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that a version has of this form alone."""
+        return (self.onnx, self.reference, self.golden)
+
+
+FP32 = Form("fp32", ONNX_FILE, REFERENCE_FILE, GOLDEN_FILE)
+INT8 = Form("int8", "model.int8.onnx", "reference.int8.parquet", "golden.int8.npz")
+TAG_ENGINE, TAG_ENGINE_REASON = "engine", "engine.reason"
+TAG_INT8 = "int8"
+"""Whether a version has that form: `made`, or why not. Versions of before there was one lack the tag."""
+MADE = "made"
+
 TAG_ARCHITECTURE, TAG_DATASET, TAG_DATA, TAG_WEIGHTS = "architecture", "dataset_id", "data", "weights"
 TAG_DECISION, TAG_REASON = "gate.decision", "gate.reason"
 TAG_LOGGED_MODEL = "logged_model"
@@ -65,6 +93,30 @@ def metric_tag(name: str) -> str:
 def checksum_tag(file: str) -> str:
     """The tag that holds the SHA-256 of one of a version's files."""
     return f"sha256.{file}"
+
+
+def form_of(engine: str) -> Form:
+    """The form of that name.
+
+    Raises:
+        ModelInvalid: there is no such form.
+    """
+    for form in (FP32, INT8):
+        if form.engine == engine:
+            return form
+    raise ModelInvalid(
+        f"{engine!r} is no form in which a version serves.",
+        fix=f"set the version's tag {TAG_ENGINE} with `cifar10 engine VERSION fp32`.",
+    )
+
+
+def served_form(tags: Mapping[str, str]) -> Form:
+    """The form in which the version with these tags serves.
+
+    Raises:
+        ModelInvalid: its tag names none. Serving another than was chosen would be a guess.
+    """
+    return form_of(tags.get(TAG_ENGINE, FP32.engine))
 
 
 @dataclass(frozen=True)
@@ -102,6 +154,16 @@ class ModelVersion:
     def decision(self) -> str:
         """`pending`, `promoted` or `refused`; empty where the gate knows nothing of it."""
         return self.tags.get(TAG_DECISION, "")
+
+    @property
+    def form(self) -> Form:
+        """What serves of it; see `served_form`."""
+        return served_form(self.tags)
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether it was registered with an int8 form."""
+        return checksum_tag(INT8.onnx) in self.tags
 
     @property
     def validation_accuracy(self) -> float | None:
@@ -240,7 +302,7 @@ class Registry:
         Args:
             version: which one.
             cache_dir: a folder of the caller's; made where there is none.
-            files: names out of `MODEL_FILES`; all of them where none are given.
+            files: names out of `MODEL_FILES` or of `INT8`'s; those of `MODEL_FILES` where none are given.
             limits: how long the server may be silent; shorter for a file that something more urgent waits behind.
 
         Raises:

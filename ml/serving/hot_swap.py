@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class Champion:
     architecture: str = ""
     weights: str = ""
     fingerprint: str = ""
+    engine: Literal["fp32", "int8"] = "fp32"
+    """The form in which it serves; `fingerprint` is that form's, so that another form is another model."""
 
     @property
     def identity(self) -> tuple[str, int, str]:
@@ -86,6 +88,8 @@ class LoadedModel:
     architecture: str
     weights: str
     loaded_at: datetime
+    engine_name: Literal["fp32", "int8"] = "fp32"
+    """The form that is loaded."""
 
 
 @dataclass(frozen=True)
@@ -426,6 +430,7 @@ def _loaded(version: Champion, engine: Predictor, alias: str) -> LoadedModel:
         architecture=version.architecture,
         weights=version.weights,
         loaded_at=datetime.now(UTC),
+        engine_name=version.engine,
     )
 
 

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from ml.errors import RegistryError, RegistryUnavailable
 from ml.files import write_whole
@@ -33,10 +34,11 @@ class FolderSource:
         data: str = "SYNTHETIC",
         architecture: str = "baseline",
         weights: str = "none",
+        engine: Literal["fp32", "int8"] = "fp32",
     ) -> None:
         """Makes `onnx_path` the champion, in one step."""
         fingerprint = _fingerprint(onnx_path)
-        self._write("champion", onnx_path, Champion(name, version, data, architecture, weights, fingerprint))
+        self._write("champion", onnx_path, Champion(name, version, data, architecture, weights, fingerprint, engine))
 
     def name_challenger(self, onnx_path: Path, version: int) -> None:
         """Makes `onnx_path` the challenger, in one step. It gets traffic only while `send` has set some for it."""

@@ -46,7 +46,8 @@ def evaluate(
         dataset_id: whose test split; None: the dataset that the version was trained on.
 
     Returns:
-        {"version", "architecture", "dataset_id", "data", "n", "accuracy", "accuracy_low", "accuracy_high", "loss",
+        {"version", "architecture", "engine" (the form that was measured: the one that serves), "dataset_id", "data",
+        "n", "accuracy", "accuracy_low", "accuracy_high", "loss",
         "precision", "recall", "f1" (macro means), "calibration_error", "calibration_low", "calibration_high",
         "corrupted": as `ml.evaluation.robustness.Robustness.as_dict`, "seconds"}. Intervals are of 95 %.
 
@@ -89,6 +90,7 @@ def _result(version: ModelVersion, manifest: Manifest, measured: Measurement) ->
     return {
         "version": version.version,
         "architecture": version.architecture,
+        "engine": version.form.engine,
         "dataset_id": manifest.dataset_id,
         "data": manifest.data,
         "n": clean.n,

@@ -5,6 +5,7 @@ Everything is measured through ONNX Runtime, from the registry's own file.
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from ml.datasets.manifest import Split
 from ml.datasets.store import load_split
 from ml.evaluation.measurement import Measurement, measure
 from ml.evaluation.robustness import CORRUPTION_SEED, robustness
-from ml.registry.versions import ONNX_FILE, ModelVersion, Registry
+from ml.registry.versions import Form, ModelVersion, Registry
 from ml.serving.engine import Engine
 from ml.settings import Settings
 
@@ -51,22 +52,64 @@ def load_exam(settings: Settings, dataset_id: str, limit: int | None, per_cell: 
     return Exam(clean, load_split(settings.data_url, dataset_id, "test", per_cell))
 
 
-def measure_version(registry: Registry, settings: Settings, version: ModelVersion, exam: Exam) -> Measurement:
-    """Fetches a version's ONNX file and measures it.
+def fetch_onnx(registry: Registry, settings: Settings, version: ModelVersion, form: Form) -> Path:
+    """Path of the ONNX file of one of a version's forms.
+
+    Raises:
+        ModelInvalid, ModelNotFound: the version has no such file, or another one.
+        RegistryUnavailable, StorageError: could not ask; says nothing of the version.
+    """
+    return registry.fetch(version, settings.cache_dir, files=(form.onnx,)) / "artifacts" / form.onnx
+
+
+def answers(engine: Engine, version: ModelVersion, form: Form, exam: Exam) -> np.ndarray:
+    """What one form of a version says of the clean test images: float32 (n, 10).
+
+    Raises:
+        ModelInvalid: it fails on these images.
+    """
+    n = len(exam.clean.labels)
+    parts = []
+    for start in range(0, n, _CHUNK):
+        logger.info(
+            *("Version %d (%s, %s): %d of %d test images", version.version, version.architecture),
+            *(form.engine, start, n),
+        )
+        parts.append(engine.predict(exam.clean.images[start : start + _CHUNK]))
+    return np.concatenate(parts)
+
+
+def measure_version(
+    registry: Registry,
+    settings: Settings,
+    version: ModelVersion,
+    exam: Exam,
+    *,
+    form: Form | None = None,
+    known: np.ndarray | None = None,
+) -> Measurement:
+    """Fetches the ONNX file of one of a version's forms and measures it.
+
+    Args:
+        registry: where the file is.
+        settings: where fetched files are kept.
+        version: which one.
+        exam: the images.
+        form: which form; None: the one in which it serves.
+        known: its `answers`, where they are at hand.
 
     Raises:
         ModelInvalid, ModelNotFound: its file is not a model that can be used.
         InputInvalid: what it answers are no probabilities.
         RegistryUnavailable, StorageError: could not ask; says nothing of the version.
     """
-    folder = registry.fetch(version, settings.cache_dir, files=(ONNX_FILE,))
-    engine = Engine(folder / "artifacts" / ONNX_FILE)
-    n = len(exam.clean.labels)
-    parts = []
-    for start in range(0, n, _CHUNK):
-        logger.info("Version %d (%s): %d of %d test images", version.version, version.architecture, start, n)
-        parts.append(engine.predict(exam.clean.images[start : start + _CHUNK]))
+    chosen = form or version.form
+    engine = Engine(fetch_onnx(registry, settings, version, chosen))
+    said = answers(engine, version, chosen, exam) if known is None else known
     corrupted = robustness(engine.predict, exam.few.images, exam.few.labels, seed=CORRUPTION_SEED)
-    found = measure(exam.clean.labels, np.concatenate(parts), corrupted)
-    logger.info("Version %d: test accuracy %.4f on %d images", version.version, found.metrics.accuracy, n)
+    found = measure(exam.clean.labels, said, corrupted)
+    logger.info(
+        "Version %d (%s): test accuracy %.4f on %d images",
+        *(version.version, chosen.engine, found.metrics.accuracy, found.metrics.n),
+    )
     return found

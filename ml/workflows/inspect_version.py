@@ -27,18 +27,22 @@ from ml.addresses import public_text
 from ml.datasets.labels import IMAGE_SHAPE, NUM_CLASSES
 from ml.datasets.store import load_split
 from ml.errors import CifarError, ModelInvalid, ModelNotFound
+from ml.evaluation.engine_choice import EngineName
 from ml.evaluation.gate import Check
-from ml.evaluation.gate_policy import Mechanical, load_policy
+from ml.evaluation.gate_policy import GatePolicy, load_policy
 from ml.evaluation.golden import read_golden
 from ml.registry.signature import read_signature
 from ml.registry.versions import (
+    FP32,
     GOLDEN_FILE,
+    INT8,
     KERAS_FILE,
     MODEL_FILES,
-    ONNX_FILE,
+    Form,
     ModelVersion,
     Registry,
     checksum_tag,
+    form_of,
 )
 from ml.serving.decoding import EncodedImage, decode_images
 from ml.serving.engine import SERVER_THREADS, Engine, graph_signature
@@ -64,7 +68,7 @@ _ABOUT_THE_MODEL = (ModelInvalid, ModelNotFound)
 """Errors that say that the version cannot be used. Any other of `ml.errors` says nothing of it: nobody looked."""
 
 
-def inspect_version(settings: Settings, version: int) -> dict[str, object]:
+def inspect_version(settings: Settings, version: int, engine: EngineName | None = None) -> dict[str, object]:
     """Carries out every mechanical check on one version, in this process.
 
     The files come from the registry into an empty folder, which goes afterwards. Imports Keras.
@@ -72,11 +76,12 @@ def inspect_version(settings: Settings, version: int) -> dict[str, object]:
     Args:
         settings: where registry and datasets are, the gate's policy, and what Keras computes with.
         version: its number.
+        engine: `fp32` or `int8`, which of its forms; None: the one in which it serves.
 
     Returns:
-        {"version", "checks": [{"name", "holds", "says", "figure", "bound", "unit"}, ...], one for each of `NAMES`,
-        "seconds"}. Figure and bound are None where a check has none. A check for which an earlier one must hold is
-        "not reached" where it does not.
+        {"version", "engine", "checks": [{"name", "holds", "says", "figure", "bound", "unit"}, ...], one for each of
+        `NAMES`, "seconds"}. Figure and bound are None where a check has none. A check for which an earlier one must
+        hold is "not reached" where it does not.
 
     Raises:
         ModelNotFound: there is no such version.
@@ -85,24 +90,27 @@ def inspect_version(settings: Settings, version: int) -> dict[str, object]:
         RegistryUnavailable: MLflow could not be asked.
     """
     began = time.monotonic()
-    policy = load_policy(settings.gate_policy).mechanical
+    policy = load_policy(settings.gate_policy)
     registry = Registry(settings.tracking_uri)
     found = registry.by_version(version)
-    images = load_split(settings.data_url, found.dataset_id, "test", limit=policy.agreement_images).images
+    form = form_of(engine) if engine else found.form
+    few = policy.mechanical.agreement_images
+    images = load_split(settings.data_url, found.dataset_id, "test", limit=few).images
     use_backend(settings.keras_backend)
     with tempfile.TemporaryDirectory(prefix="inspect-") as folder:
-        checks = _Inspection(registry, found, policy, images, Path(folder)).checks()
+        checks = _Inspection(registry, found, form, policy=policy, images=images, folder=Path(folder)).checks()
     for check in checks:
         logger.info("%s %s: %s", "holds" if check.holds else "FAILS", check.name, check.says)
     return {
         "version": version,
+        "engine": form.engine,
         "checks": [_as_dict(check) for check in checks],
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
 def inspect_in_fresh_process(
-    settings: Settings, version: int, *, timeout_seconds: float = _PATIENCE_S
+    settings: Settings, version: int, engine: EngineName | None = None, *, timeout_seconds: float = _PATIENCE_S
 ) -> tuple[Check, ...]:
     """`inspect_version` by `cifar10 inspect` in a process of its own, on the processor alone, as the server runs.
 
@@ -116,7 +124,7 @@ def inspect_in_fresh_process(
     with tempfile.TemporaryDirectory(prefix="fresh-") as folder:
         try:
             done = subprocess.run(
-                [*_COMMAND, str(version), "--json"],
+                [*_COMMAND, str(version), *(("--engine", engine) if engine else ()), "--json"],
                 env=_environment(settings, folder),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -138,11 +146,20 @@ class _Inspection:
     """One version, and what has been found of it so far. Every method that finds something raises ModelInvalid."""
 
     def __init__(
-        self, registry: Registry, version: ModelVersion, policy: Mechanical, images: np.ndarray, folder: Path
+        self,
+        registry: Registry,
+        version: ModelVersion,
+        form: Form,
+        *,
+        policy: GatePolicy,
+        images: np.ndarray,
+        folder: Path,
     ) -> None:
         self._registry = registry
         self._version = version
-        self._policy = policy
+        self._form = form
+        self._policy = policy.mechanical
+        self._int8 = policy.int8
         self._images = images
         self._folder = folder
         self._files: dict[str, Path] = {}
@@ -166,6 +183,7 @@ class _Inspection:
 
     def _fetches(self) -> "_Found":
         wanted = [file for file in MODEL_FILES if file != GOLDEN_FILE or self._has_golden]
+        wanted += [file for file in self._form.files if file not in MODEL_FILES]
         wrong = []
         for file in wanted:
             try:
@@ -180,10 +198,10 @@ class _Inspection:
 
     def _signature(self) -> "_Found":
         declared = read_signature(self._registry.fetch_declaration(self._version, self._folder))
-        graph = graph_signature(self._file(ONNX_FILE))
+        graph = graph_signature(self._file(self._form.onnx))
         wrong = [
             f"{what} says {_in_words(given)}"
-            for what, given in (("MLmodel", declared), (ONNX_FILE, graph))
+            for what, given in (("MLmodel", declared), (self._form.onnx, graph))
             if given != _SIGNATURE
         ]
         if wrong:
@@ -191,7 +209,7 @@ class _Inspection:
         return _Found(holds=True, says=f"{_in_words(_SIGNATURE)}, by MLmodel and by the graph")
 
     def _answers(self) -> "_Found":
-        engine = Engine(self._file(ONNX_FILE), threads=SERVER_THREADS)
+        engine = Engine(self._file(self._form.onnx), threads=SERVER_THREADS)
         rows = engine.predict(self._images)
         if rows.min() < -1e-6 or not np.allclose(rows.sum(axis=1), 1, atol=1e-3):
             return _Found(holds=False, says=f"answers {len(rows)} test images with rows that are no probabilities")
@@ -204,19 +222,27 @@ class _Inspection:
         # Only now: it imports Keras, and that takes ten seconds.
         from ml.training.export import answers_of_keras  # noqa: PLC0415
 
+        by_onnx, holds, more = self._answers_of_engine, True, ""
+        if self._form is INT8:
+            # Keras knows no int8: it is held to float32's ONNX file, and that one's answers to int8's.
+            by_onnx = Engine(self._file(FP32.onnx), threads=SERVER_THREADS).predict(self._images)
+            same = float((by_onnx.argmax(axis=1) == self._answers_of_engine.argmax(axis=1)).mean())
+            holds = same >= self._int8.agreement
+            more = f"; int8 takes {same:.4f} of them for the same class, at least {self._int8.agreement:g} wanted"
         by_keras = answers_of_keras(keras_file, self._images.astype(np.float32))
-        apart = float(np.abs(by_keras - self._answers_of_engine).max())
+        apart = float(np.abs(by_keras - by_onnx).max())
         says = f"Keras and ONNX differ by at most {apart:.2g} on {len(self._images)} test images"
         return _Found(
-            holds=apart <= self._policy.agreement,  # NaN is not
-            says=f"{says}, at most {self._policy.agreement:g} wanted",
+            holds=holds and apart <= self._policy.agreement,  # NaN is not
+            says=f"{says}, at most {self._policy.agreement:g} wanted{more}",
             figure=apart,
         )
 
     def _golden(self) -> "_Found":
         if not self._has_golden:
             return _Found(holds=False, says=f"the version has no {GOLDEN_FILE}: register it anew with `cifar10 train`")
-        golden = read_golden(self._file(GOLDEN_FILE))
+        golden = read_golden(self._file(self._form.golden))
+        bound = self._int8.golden_agreement if self._form is INT8 else self._policy.agreement
         engine = self._ready_engine()
         if len(golden.labels) == 0:
             return _Found(holds=False, says="there is not one golden image", figure=0.0)
@@ -227,8 +253,8 @@ class _Inspection:
         if golden.missing:
             says += f"; none kept of {', '.join(golden.missing)}"
         return _Found(
-            holds=right == NUM_CLASSES and apart <= self._policy.agreement,
-            says=f"{says}; all {NUM_CLASSES} and at most {self._policy.agreement:g} wanted",
+            holds=right == NUM_CLASSES and apart <= bound,
+            says=f"{says}; all {NUM_CLASSES} and at most {bound:g} wanted",
             figure=float(right),
         )
 
@@ -251,10 +277,10 @@ class _Inspection:
         )
 
     def _size(self) -> "_Found":
-        size = self._file(ONNX_FILE).stat().st_size / 2**20
+        size = self._file(self._form.onnx).stat().st_size / 2**20
         return _Found(
             holds=size <= self._policy.size_mib,
-            says=f"{ONNX_FILE} has {size:.2f} MiB, at most {self._policy.size_mib:g} wanted",
+            says=f"{self._form.onnx} has {size:.2f} MiB, at most {self._policy.size_mib:g} wanted",
             figure=size,
         )
 

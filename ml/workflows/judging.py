@@ -1,7 +1,8 @@
 """Measures candidates and champion on the same test images and asks the gate. Moves nothing and writes nothing.
 
-Everything is measured through ONNX Runtime, from the registry's own files. The bounds are the policy's, the decision is
-`ml.evaluation.gate`'s; carrying it out is `ml.workflows.promote`'s.
+Everything is measured through ONNX Runtime, from the registry's own files: each version in the form in which it serves
+or, of a candidate, would serve. That is chosen first, and whatever follows is of that form. The bounds are the
+policy's, the decision is `ml.evaluation.gate`'s; carrying it out is `ml.workflows.promote`'s.
 """
 
 import logging
@@ -9,19 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+import numpy as np
+
 from ml.errors import InputInvalid, ModelInvalid, ModelNotFound
 from ml.evaluation.comparison import Comparison, compare
+from ml.evaluation.engine_choice import EngineChoice, EngineName
 from ml.evaluation.gate import Champion, Check, Contender, Decision, absolute_checks, decide
 from ml.evaluation.gate_policy import GatePolicy
 from ml.evaluation.gate_report import GateReport
 from ml.evaluation.measurement import Measurement
-from ml.registry.versions import ModelVersion, Registry
+from ml.registry.versions import Form, ModelVersion, Registry, form_of
 from ml.settings import Settings
+from ml.workflows.engines import choose
 from ml.workflows.exam import Exam, measure_version
 
 logger = logging.getLogger(__name__)
 
-Inspect = Callable[[Settings, int], Sequence[Check]]
+Inspect = Callable[[Settings, int, EngineName], Sequence[Check]]
 """The mechanical checks of a version: `ml.workflows.inspect_version.inspect_in_fresh_process`."""
 
 
@@ -81,13 +86,16 @@ def judge(
             rivals_figures, error = _measured(registry, settings, champion, exam)
         rival = Champion(champion.version, champion.architecture, champion.dataset_id, error)
     contenders: dict[int, Contender] = {}
+    engines: dict[int, EngineChoice] = {}
     figures: dict[int, Measurement | None] = {}
     for item in candidates:
+        choice, known = choose(registry, settings, policy.int8, item, exam)
+        engines[item.version] = choice
         logger.info("Version %d (%s): inspecting it in a process of its own", item.version, item.architecture)
-        mechanical = tuple(inspect(settings, item.version))
+        mechanical = tuple(inspect(settings, item.version, choice.engine))
         failed = [check.name for check in mechanical if not check.holds]
         logger.info("Version %d: %s", item.version, f"fails {', '.join(failed)}" if failed else "in order")
-        found, error = _measured(registry, settings, item, exam)
+        found, error = _measured(registry, settings, item, exam, form=form_of(choice.engine), known=known)
         figures[item.version] = found
         contenders[item.version] = Contender(
             version=item.version,
@@ -116,6 +124,7 @@ def judge(
                 measured=figures[item.version],
                 champion_measured=rivals_figures,
                 policy=policy,
+                engine=engines[item.version],
             )
             for item in candidates
         ),
@@ -143,11 +152,17 @@ def _compared(
 
 
 def _measured(
-    registry: Registry, settings: Settings, version: ModelVersion, exam: Exam
+    registry: Registry,
+    settings: Settings,
+    version: ModelVersion,
+    exam: Exam,
+    *,
+    form: Form | None = None,
+    known: np.ndarray | None = None,
 ) -> tuple[Measurement | None, str | None]:
     """The figures, or why there are none."""
     try:
-        return measure_version(registry, settings, version, exam), None
+        return measure_version(registry, settings, version, exam, form=form, known=known), None
     except (ModelInvalid, ModelNotFound, InputInvalid) as failure:
         # InputInvalid: what it answers are no probabilities.
         logger.warning("Version %d cannot be measured: %s", version.version, failure)

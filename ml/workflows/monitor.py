@@ -25,7 +25,7 @@ from ml.monitoring.policy import alert_due, verdict
 from ml.monitoring.prediction_log import Window, read_window
 from ml.monitoring.reference import Reference, Sample, read_reference
 from ml.monitoring.statistics import DriftResult, test_drift
-from ml.registry.versions import CHAMPION, REFERENCE_FILE, Registry
+from ml.registry.versions import CHAMPION, Registry, served_form
 from ml.settings import Settings
 from ml.workflows.retain import retain
 
@@ -56,7 +56,7 @@ class Champion(Protocol):
 
     @property
     def tags(self) -> Mapping[str, str]:
-        """Among them `recipe`."""
+        """Among them `recipe`, and `engine` where the form that serves was chosen."""
 
 
 class ModelSource(Protocol):
@@ -121,8 +121,9 @@ def monitor_champion(
         raise ModelNotFound(
             "There is no champion, so there is nothing to watch.", fix="promote a model first: `cifar10 promote`."
         )
-    folder = registry.fetch(champion, settings.cache_dir, files=(REFERENCE_FILE,))
-    reference = read_reference(folder / "artifacts" / REFERENCE_FILE)
+    file = served_form(champion.tags).reference
+    folder = registry.fetch(champion, settings.cache_dir, files=(file,))
+    reference = read_reference(folder / "artifacts" / file)
     with windows.monitor_lock(database_url) as lock:
         window = _next_window(settings, champion)
         judged = _judge(settings, champion, reference, window, wanted=wanted, now=clock())

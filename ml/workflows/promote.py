@@ -5,9 +5,10 @@ order of things, so that a crash or an outage at any point leaves a state from w
 lock, so that two promotions never judge at once. Back again is `ml.workflows.rollback`'s.
 
 What a promotion does, in order: finish a move that an earlier one left half-done; collect the candidates; measure
-everything on the same test images; decide; publish a report on each version that was judged; write reason and figures
-on it; move `previous`, then `champion`. Where it is to wait for mirrored requests, the lock is given back for that
-time (a rollback must not have to wait), and nothing is moved if champion or candidate are others afterwards.
+everything on the same test images, each candidate in the form (float32 or int8) in which it would serve; decide;
+publish a report on each version that was judged; write that form, reason and figures on it; move `previous`, then
+`champion`. Where it is to wait for mirrored requests, the lock is given back for that time (a rollback must not have to
+wait), and nothing is moved if champion or candidate are others afterwards.
 """
 
 import json
@@ -23,7 +24,17 @@ from ml.evaluation.gate_policy import load_policy
 from ml.evaluation.gate_report import GateReport, as_html, as_json
 from ml.monitoring.shadow_log import Shadow
 from ml.registry import aliases, traffic
-from ml.registry.versions import CHAMPION, PENDING, TAG_DECISION, TAG_REASON, ModelVersion, Registry
+from ml.registry.versions import (
+    CHAMPION,
+    FP32,
+    PENDING,
+    TAG_DECISION,
+    TAG_ENGINE,
+    TAG_ENGINE_REASON,
+    TAG_REASON,
+    ModelVersion,
+    Registry,
+)
 from ml.settings import Settings
 from ml.workflows import shadowing
 from ml.workflows.exam import load_exam
@@ -117,6 +128,7 @@ def promote(
         still_alone()
         winner, mirroring = judgement.decision.promoted, None
         if after_shadow is not None and champion is not None and winner is not None:
+            _serve_as(registry, judgement.report_of(winner))
             since = shadowing.begin(registry, winner)
             mirroring = shadowing.Mirroring(champion.version, winner, since, after_shadow, shadow_wait_seconds)
             waits = postponed(judgement.decision, _waits(mirroring, 0))
@@ -158,6 +170,14 @@ def _with_shadow(
     winner = judgement.report_of(mirroring.challenger)
     checks = shadow_checks(shadowing.summary(seen), winner.candidate.comparison, winner.policy)
     return gate.after_shadow(judgement.decision, checks)
+
+
+def _serve_as(registry: Registry, report: GateReport) -> None:
+    """Writes down in which form the winner serves before it is shown any request; what its other form saw is void."""
+    version = registry.by_version(report.candidate.version)
+    if version.tags.get(TAG_ENGINE, FP32.engine) != report.engine.engine:
+        shadowing.end(registry, version.version)
+        registry.set_tags(version.version, _engine_tags(report))
 
 
 def _overtaken(registry: Registry, mirroring: shadowing.Mirroring) -> str | None:
@@ -208,7 +228,8 @@ def _publish(registry: Registry, report: GateReport) -> str:
 
 def _evidence(report: GateReport, path: str) -> dict[str, str]:
     """The tags that say what the gate made of a version, in the order in which they are to be written."""
-    tags = {TAG_REASON: report.verdict.reason, "gate.at": report.at.isoformat(timespec="seconds"), TAG_REPORT: path}
+    tags = _engine_tags(report)
+    tags |= {TAG_REASON: report.verdict.reason, "gate.at": report.at.isoformat(timespec="seconds"), TAG_REPORT: path}
     if report.champion is not None and report.champion.dataset_id == report.dataset_id:
         tags["gate.against"] = str(report.champion.version)
     # Written without a measurement too: figures of an earlier look must not stand beside this reason.
@@ -222,6 +243,10 @@ def _evidence(report: GateReport, path: str) -> dict[str, str]:
     }
     # Last: while this says pending, the version is a candidate, and the rest is written again.
     return tags | {TAG_DECISION: report.verdict.outcome}
+
+
+def _engine_tags(report: GateReport) -> dict[str, str]:
+    return {TAG_ENGINE_REASON: report.engine.reason, TAG_ENGINE: report.engine.engine}
 
 
 def _nothing_to_judge(

@@ -1,13 +1,15 @@
 """Training: from a dataset's id and a recipe to a registered version, with everything it was made of in MLflow.
 
 Loads, trains, exports, measures the exported file (not the Keras model: what is served is what is measured), keeps the
-reference that monitoring will compare against and the golden images that an inspection will ask for, writes the model
-card, and registers. Whether the version becomes champion is the gate's.
+reference that monitoring will compare against and the golden images that an inspection will ask for, makes the int8
+form with a reference and golden images of its own, writes the model card, and registers. Whether the version becomes
+champion, and in which form it serves, is the gate's.
 """
 
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from ml.datasets import store
 from ml.datasets.manifest import Manifest, Split
-from ml.errors import ConfigurationError, TrainingDiverged, TrainingError
+from ml.errors import ConfigurationError, ModelInvalid, TrainingDiverged, TrainingError
 from ml.evaluation import golden, model_card, plots
 from ml.evaluation.metrics import Metrics, evaluate
 from ml.evaluation.robustness import CORRUPTION_SEED, Robustness, robustness
@@ -26,13 +30,14 @@ from ml.models.vgg16_weights import Weights, resolve_weights
 from ml.monitoring.image_statistics import image_statistics
 from ml.monitoring.reference import write_reference
 from ml.registry import packaging, tracking
-from ml.registry.versions import GOLDEN_FILE, MODEL_NAME, REFERENCE_FILE, ModelVersion
+from ml.registry.versions import GOLDEN_FILE, INT8, MODEL_NAME, REFERENCE_FILE, ModelVersion
 from ml.serving.engine import Engine
 from ml.settings import Settings
 from ml.training import fit, runtime
 from ml.training.checkpoint import Checkpoint, Position
 from ml.training.export import ExportedModel, export
 from ml.training.feature_cache import FeatureCache
+from ml.training.quantization import quantize
 from ml.training.recipe import Recipe, load_recipe, refuse_unless_it_fits
 from ml.training.stages import StageHistory
 
@@ -56,6 +61,16 @@ class _Measured:
     """Of the validation images."""
     reference_file: Path
     golden_file: Path
+
+
+@dataclass(frozen=True)
+class _Int8:
+    """The int8 form, and what it says of the validation images."""
+
+    files: packaging.Int8Files
+    validation: Metrics
+    seconds: float
+    """For making it and for measuring it."""
 
 
 def train(
@@ -179,6 +194,9 @@ def train(
         )
         version: ModelVersion | None = None
         if register:
+            int8 = _make_int8(settings, exported, splits, recipe.seed, folder)
+            if not isinstance(int8, str):
+                run.log_metrics({"int8_validation_accuracy": int8.validation.accuracy, "int8_seconds": int8.seconds})
             version = packaging.register(
                 run,
                 exported=exported,
@@ -188,6 +206,7 @@ def train(
                 weights=trained.weights,
                 reference=measured.reference_file,
                 golden=measured.golden_file,
+                int8=int8 if isinstance(int8, str) else int8.files,
                 card=_card(
                     run,
                     manifest,
@@ -196,6 +215,7 @@ def train(
                     splits=splits,
                     measured=measured,
                     corrupted=corrupted,
+                    int8=int8 if isinstance(int8, str) else int8.validation,
                 ),
                 input_example=splits["validation"].images[:2],
                 data=manifest.data,
@@ -397,6 +417,33 @@ def _measure(exported: ExportedModel, splits: Mapping[str, Split], folder: Path)
     )
 
 
+def _make_int8(
+    settings: Settings, exported: ExportedModel, splits: Mapping[str, Split], seed: int, folder: Path
+) -> _Int8 | str:
+    """The int8 form; or why there is none: a model without one is a candidate all the same."""
+    wanted = settings.int8_calibration_images
+    if wanted == 0:
+        return "the setting INT8_CALIBRATION_IMAGES asks for none"
+    began = time.monotonic()
+    images, validation = splits["train"].images, splits["validation"]
+    chosen = np.random.default_rng(seed).choice(len(images), min(wanted, len(images)), replace=False)
+    try:
+        onnx = quantize(exported.onnx, folder / INT8.onnx, images[np.sort(chosen)])
+        given = Engine(onnx).predict(validation.images)
+    except ModelInvalid as error:
+        logger.warning("No int8 form is registered with this model: %s", error)
+        return error.message
+    found = evaluate(validation.labels, given)
+    files = packaging.Int8Files(
+        onnx,
+        write_reference(folder / INT8.reference, validation.labels, given, image_statistics(validation.images)),
+        golden.write_golden(folder / INT8.golden, golden.choose(validation.images, validation.labels, given)),
+    )
+    seconds = round(time.monotonic() - began, 1)
+    logger.info("int8: validation accuracy %.4f (n=%d), made in %.1f s", found.accuracy, found.n, seconds)
+    return _Int8(files, found, seconds)
+
+
 def _card(
     run: tracking.Run,
     manifest: Manifest,
@@ -406,6 +453,7 @@ def _card(
     splits: Mapping[str, Split],
     measured: _Measured,
     corrupted: Robustness | None,
+    int8: Metrics | str,
 ) -> str:
     return model_card.render(
         model_card.Facts(
@@ -421,6 +469,7 @@ def _card(
             slices=measured.slices,
             robustness=corrupted,
             golden=len(measured.golden.labels),
+            int8=int8,
             made=_how_made(run),
         )
     )

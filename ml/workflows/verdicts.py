@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from ml.registry.versions import CHAMPION, PREVIOUS, TAG_REASON, ModelVersion, Registry
+from ml.registry.versions import CHAMPION, FP32, PREVIOUS, TAG_ENGINE, TAG_REASON, ModelVersion, Registry
 from ml.settings import Settings
 
 TAG_REPORT = "gate.report"
@@ -18,6 +18,7 @@ def verdict_of(settings: Settings, version: int) -> dict[str, object]:
         {"version": int, "architecture": str, "dataset_id": str, "decision": "pending" | "promoted" | "refused",
         "reason": str (empty while nobody has looked at it), "validation_accuracy": float | None,
         "test_accuracy", "precision", "recall", "loss": float | None, "n": int (test images it was measured on),
+        "engine": "fp32" | "int8" (the form in which it serves, or would),
         "report": address of the gate's report in MLflow's UI | None}.
         A figure that was not, or could not be, measured is None. The decision is empty for a version that was not
         registered by `ml.registry.packaging`: the gate does not look at it.
@@ -45,6 +46,7 @@ def verdict(settings: Settings, registry: Registry, version: ModelVersion) -> di
         "recall": _finite(version.figure(TAG_TEST_RECALL)),
         "loss": _finite(version.figure(TAG_TEST_LOSS)),
         "n": int(version.figure(TAG_N) or 0),
+        "engine": version.tags.get(TAG_ENGINE, FP32.engine),
         "report": registry.attachment_page(version, settings.mlflow_public_url) if published else None,
     }
 

@@ -324,6 +324,7 @@ def test_with_a_real_registry(watched, mlflow_uri, database_url, tmp_path):
             weights="RANDOM WEIGHTS",
             reference=reference,
             golden=write_golden(work / "golden.npz", STAND_IN),
+            int8="none",
             card="# Watched\n",
             input_example=np.zeros((2, 32, 32, 3), dtype=np.uint8),
             data=manifest.data,

@@ -132,6 +132,7 @@ def test_missing_files_are_named(here, tmp_path):
             "weights": "random",
             "reference": reference,
             "golden": golden,
+            "int8": "none",
             "card": "",
             "input_example": np.zeros((1, 32, 32, 3), np.uint8),
             "data": "SYNTHETIC",

@@ -63,11 +63,19 @@ calibration_margin = 1.0
 failures = 0.0
 disagreement_margin = 0.2
 p95_latency_ms = 50.0
+[int8]
+wanted = true
+confidence = 0.95
+largest_accuracy_fall = 0.003
+calibration_margin = 0.01
+least_speedup = 0.0
+agreement = 0.95
+golden_agreement = 0.05
 """
 """For models that know twenty images a class and nothing else."""
 
 
-def sound(settings, version):
+def sound(settings, version, engine):
     """What a version that is in order answers to an inspection; the real one is tested in test_inspect_version.py."""
     return (Check("loads", "mechanical", holds=True, says="it does"),)
 
@@ -211,6 +219,7 @@ def test_the_verdict_on_a_version_can_be_read_at_any_time(site):
         "validation_accuracy": 0.5,
         **dict.fromkeys(("test_accuracy", "precision", "recall", "loss", "report")),
         "n": 0,
+        "engine": "fp32",
     }
     (judged,) = site.promote()["candidates"]
     assert judged == verdict_of(site.settings, version)
@@ -387,10 +396,10 @@ def test_of_two_promotions_at_once_the_second_waits_and_judges_afresh(locked_sit
     measuring, go_on = threading.Event(), threading.Event()
     measure = judging.measure_version
 
-    def slowly(*arguments):
+    def slowly(*arguments, **named):
         measuring.set()
         assert go_on.wait(60)
-        return measure(*arguments)
+        return measure(*arguments, **named)
 
     monkeypatch.setattr(judging, "measure_version", slowly)
     results = {}
@@ -454,7 +463,8 @@ def test_a_candidate_must_pass_its_mechanical_checks(site):
         "p95 latency", "mechanical", holds=False, says="300 ms, at most 100 ms wanted", figure=300.0, bound=100.0
     )
     result = promote(
-        site.settings, inspect=lambda settings, version: (slow,) if version == limping else sound(settings, version)
+        site.settings,
+        inspect=lambda settings, version, engine: (slow,) if version == limping else sound(settings, version, engine),
     )
     assert (result["promoted"], site.standing()) == (True, (fine, None))
     assert "300 ms, at most 100 ms" in verdict_of(site.settings, limping)["reason"]
@@ -462,7 +472,7 @@ def test_a_candidate_must_pass_its_mechanical_checks(site):
 
 
 def test_an_inspection_that_could_not_ask_changes_nothing(site):
-    def away(settings, version):
+    def away(settings, version, engine):
         raise RegistryUnavailable("MLflow went away.", fix="wait")
 
     version = site.add(site.good)

@@ -14,7 +14,7 @@ from ml.cli import app
 
 COMMANDS = [
     *("ingest", "train", "pretrain", "sweep", "reproduce", "results", "promote", "rollback", "monitor"),
-    *("challenge", "evaluate", "inspect", "migrate", "predict", "retain", "status", "up", "down", "demo"),
+    *("challenge", "engine", "evaluate", "inspect", "migrate", "predict", "retain", "status", "up", "down", "demo"),
 ]
 
 

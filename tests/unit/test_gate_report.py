@@ -14,6 +14,7 @@ import pytest
 from ml.datasets.labels import CLASS_NAMES
 from ml.evaluation.comparison import compare
 from ml.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from ml.evaluation.engine_choice import EngineChoice, Latency, choose_engine, compare_engines
 from ml.evaluation.gate import Champion, Check, Contender, absolute_checks, decide
 from ml.evaluation.gate_policy import load_policy
 from ml.evaluation.gate_report import GateReport, as_html, as_json, power_statement
@@ -60,6 +61,12 @@ COMPARISON = compare(
 )
 
 
+ENGINE = choose_engine(
+    compare_engines(LABELS, MINE, MINE, (Latency(8.5, 9.75), Latency(4.25, 5.5)), confidence=POLICY.int8.confidence),
+    POLICY.int8,
+)
+
+
 def report(champion: Champion | None = CHAMPION, extra: tuple[Check, ...] = (), **changes) -> GateReport:
     """As the gate judges it; `changes` are of the contender, or of the report."""
     own = {key: changes.pop(key) for key in ("checks", "comparison", "error") if key in changes}
@@ -77,6 +84,7 @@ def report(champion: Champion | None = CHAMPION, extra: tuple[Check, ...] = (), 
         measured=CANDIDATE_MEASURED,
         champion_measured=CHAMPION_MEASURED if champion else None,
         policy=POLICY,
+        engine=ENGINE,
     )
     return replace(made, **changes)
 
@@ -294,8 +302,8 @@ MEASURED = {
 }
 SCHEMA = {
     "type": "object",
-    "required": ["schema", "at", "dataset_id", "data", "weights", "outcome", "reason", "candidate", "champion",
-                 "checks", "comparison", "measured", "champion_measured", "policy"],
+    "required": ["schema", "at", "dataset_id", "data", "weights", "outcome", "reason", "candidate", "engine",
+                 "champion", "checks", "comparison", "measured", "champion_measured", "policy"],
     "additionalProperties": False,
     "properties": {
         "schema": {"const": 1},
@@ -306,6 +314,20 @@ SCHEMA = {
         "outcome": {"enum": ["promoted", "refused", "pending"]},
         "reason": {"type": "string", "minLength": 1},
         "candidate": {"type": "object", "required": ["version", "architecture", "validation_accuracy", "error"]},
+        "engine": {
+            "type": "object",
+            "required": ["engine", "reason", "comparison"],
+            "additionalProperties": False,
+            "properties": {
+                "engine": {"enum": ["fp32", "int8"]},
+                "reason": {"type": "string", "minLength": 1},
+                "comparison": {
+                    "type": ["object", "null"],
+                    "required": ["pairs", "accuracy", "largest_fall", "calibration_error", "agreement", "fp32", "int8"],
+                    "properties": {"fp32": {"type": "object", "required": ["median_ms", "p95_ms"]}},
+                },
+            },
+        },
         "champion": {"type": ["object", "null"], "required": ["version", "architecture", "dataset_id", "error"]},
         "checks": {
             "type": "array",
@@ -359,3 +381,14 @@ def test_figures_that_are_none_are_said_on_the_page_and_null_in_json():
     rows = Page(as_html(made)).rows
     assert ["broken", "✗ fails", "not a number", "-∞ to ∞", "0.5000", "nothing to see"] in rows
     assert ["absent", "✗ fails", "–", "–", "0.3000", "was not measured"] in rows
+
+
+def test_the_form_that_serves_is_told_with_its_figures_or_with_why_there_are_none():
+    shown = as_html(BLESSED)
+    assert "In which form it serves" in shown
+    for figure in ("2.00 times as fast", "8.50 ms to 4.25 ms", "5.50 ms", "float32 9.75 ms", "below 0.003"):
+        assert figure in shown, figure
+    assert as_json(BLESSED)["engine"]["comparison"]["int8"] == {"median_ms": 4.25, "p95_ms": 5.5}
+    without = replace(BLESSED, engine=EngineChoice("fp32", "the version has no int8 form."))
+    assert "fp32: the version has no int8 form." in as_html(without)
+    assert "int8 less float32" not in as_html(without)

@@ -15,6 +15,7 @@ from ml.evaluation.significance import (
     difference_interval,
     fallen_by_more_than,
     holm,
+    largest_fall,
     mcnemar,
     power_of,
     smallest_seen,
@@ -84,6 +85,24 @@ def test_the_margins_test_holds_its_level_and_has_power() -> None:
     seen = np.mean([fallen_by_more_than(margin, Paired(n, int(g), int(lost))) <= 0.05 for g, lost, _ in beyond])
     assert refused == pytest.approx(0.05, abs=0.015)
     assert seen > 0.95
+
+
+@settings(max_examples=50)
+@given(counted())
+def test_the_largest_fall_is_where_the_margins_test_turns(pairs: Paired) -> None:
+    fall = largest_fall(pairs, 0.95)
+    assert 0 <= fall < 1
+    assert fall >= -pairs.difference - 1e-9
+    if fall > 1e-6:
+        assert 1 - fallen_by_more_than(fall - 1e-7, pairs) > 0.05
+    if fall < 0.999:
+        assert 1 - fallen_by_more_than(fall + 1e-7, pairs) < 0.05 + 1e-6
+
+
+def test_the_largest_fall_covers_the_true_one_as_often_as_it_says() -> None:
+    drawn = np.random.default_rng(4).multinomial(10_000, [0.004, 0.007, 0.989], size=1000)
+    covered = np.mean([largest_fall(Paired(10_000, int(g), int(lost)), 0.95) >= 0.003 for g, lost, _ in drawn])
+    assert covered == pytest.approx(0.95, abs=0.02)
 
 
 def test_the_bootstrap_interval_is_scipys() -> None:
