@@ -77,6 +77,15 @@ def register_tiny(
         )
 
 
+def int8_files(work: Path, model: Mapping[str, object], *, golden: Golden | None = None) -> Int8Files:
+    """Stands for an int8 form: a model of `make_onnx`, so that a test knows what it says."""
+    work.mkdir(parents=True, exist_ok=True)
+    reference = work / "int8.parquet"
+    reference.write_bytes(b"stands for the int8 form's reference")
+    onnx = make_onnx(work / "int8.onnx", **model)  # type: ignore[arg-type]
+    return Int8Files(onnx, reference, write_golden(work / "int8.npz", golden or STAND_IN))
+
+
 def take_alias(registry: Registry, alias: str) -> None:
     """Takes `alias` away, as somebody may by hand."""
     MlflowClient(registry.tracking_uri, registry.tracking_uri).delete_registered_model_alias(registry.name, alias)

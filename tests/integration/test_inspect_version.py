@@ -21,7 +21,7 @@ from ml.settings import PROJECT_ROOT
 from ml.workflows import inspect_version as workflow
 from ml.workflows.inspect_version import NAMES, inspect_in_fresh_process, inspect_version
 from tests.tiny_models import PIXELS, make_onnx, nearest_mean
-from tests.tiny_versions import Files, empty_registry, register_tiny, small_dataset
+from tests.tiny_versions import Files, empty_registry, int8_files, register_tiny, small_dataset
 
 POLICY = (PROJECT_ROOT / "policies" / "gate.toml").read_text()
 
@@ -76,9 +76,10 @@ def register(here, sound, tmp_path):
     """Registers the sound model, with what is given in its stead."""
     manifest = small_dataset(here)
 
-    def made(onnx=None, golden=None, keras=None):
+    def made(onnx=None, golden=None, keras=None, int8=None):
         files = Files(keras or sound.files.keras, onnx or sound.files.onnx)
-        return register_tiny(here, manifest, tmp_path / "work", files=files, golden=golden or sound.golden)
+        more = {"int8": int8_files(tmp_path / "work", *int8[:1], golden=int8[1])} if int8 else {}
+        return register_tiny(here, manifest, tmp_path / "work", files=files, golden=golden or sound.golden, **more)
 
     return made
 
@@ -90,9 +91,9 @@ def with_policy(settings, tmp_path, was, instead):
     return settings.model_copy(update={"gate_policy": path})
 
 
-def found(settings, version=1):
+def found(settings, version=1, engine=None):
     """The checks by name."""
-    result = inspect_version(settings, version)
+    result = inspect_version(settings, version, engine)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert tuple(check["name"] for check in result["checks"]) == NAMES
     return {check["name"]: check for check in result["checks"]}
@@ -186,6 +187,30 @@ def test_a_version_of_before_golden_images_fails_theirs_in_words(here, register)
     checks = found(here)
     assert failing(checks) == {"golden images"}
     assert "has no golden.npz" in checks["golden images"]["says"]
+
+
+def test_the_form_that_serves_is_inspected_and_int8_is_held_to_float32(here, register, sound):
+    golden = sound.golden
+    shifted = replace_probabilities(golden, golden.probabilities + np.float32(0.02))
+    register(int8=(sound.parts, shifted))
+    registry = Registry(here.tracking_uri)
+    assert failing(found(here)) == set(), "float32 serves until another form is chosen"
+    registry.set_tags(1, {"engine": "int8"})
+    checks = found(here)
+    assert failing(checks) == set(), "0.02 is within what int8 may differ by"
+    assert "model.int8.onnx" in checks["size"]["says"]
+    assert "int8 takes 1.0000 of them for the same class" in checks["agreement"]["says"]
+    assert failing(found(here, engine="fp32")) == set()
+    registry.set_tags(1, {"sha256.model.int8.onnx": "0" * 64})
+    assert "not reached" in found(here)["size"]["says"]
+    assert failing(found(here, engine="fp32")) == set()
+
+    other = {**sound.parts, "bias": sound.parts["bias"] + 5 * np.eye(10)[3]}
+    register(int8=(other, golden))
+    assert {"agreement", "golden images"} <= failing(found(here, 2, "int8"))
+    registry.set_tags(2, {"engine": "int4"})
+    with pytest.raises(ModelInvalid, match="int4"):
+        inspect_version(here, 2)
 
 
 def test_size_and_latency_have_bounds(here, register, tmp_path):

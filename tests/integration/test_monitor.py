@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -127,6 +128,18 @@ def test_too_few_predictions_are_insufficient_and_wait_for_more(watched, registr
         ("insufficient", 0, None, None),
     ]
     assert [row[4] is None for row in written] == [True, True, False, True]
+
+
+def test_the_reference_is_that_of_the_form_that_serves(watched, registry, database_url):
+    probabilities, statistics = predictions(3000, seed=99, brightness=0.6)
+    labels, int8 = probabilities.argmax(axis=1), registry.folder / "artifacts" / "reference.int8.parquet"
+    write_reference(int8, labels, probabilities, statistics)
+    insert(database_url, 300, seed=1, brightness=0.6)
+    registry.champion = replace(registry.champion, tags={**registry.champion.tags, "engine": "int8"})
+    assert monitor_champion(watched, registry)["verdict"] == "stable"
+    insert(database_url, 300, seed=2, brightness=0.6)
+    registry.champion = replace(registry.champion, tags={**registry.champion.tags, "engine": "fp32"})
+    assert monitor_champion(watched, registry)["verdict"] == "drift"
 
 
 def test_drift_is_reported_alerted_and_asks_for_one_retraining(watched, registry, database_url, clock, caplog):

@@ -42,6 +42,7 @@ def test_keras_and_onnx_of_one_version_agree(settings, mlflow_uri, tmp_path):
             weights="from scratch",
             reference=tmp_path / "reference.parquet",
             golden=write_golden(tmp_path / "golden.npz", STAND_IN),
+            int8="none",
             card="# Agreement\n",
             input_example=images[:2],
             data=manifest.data,

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
+from deploy.server.registry_source import RegistrySource
 from ml.database import connect
 from ml.datasets.store import load_split
 from ml.errors import (
     ConfigurationError,
     DatabaseUnavailable,
     DatasetNotFound,
+    ModelInvalid,
     ModelNotFound,
     RegistryError,
     RegistryUnavailable,
@@ -36,11 +38,12 @@ from ml.settings import Settings
 from ml.traffic import Mirrored
 from ml.workflows import exam, judging, promotion_lock
 from ml.workflows import promote as workflow
+from ml.workflows.engines import set_engine
 from ml.workflows.promote import promote
 from ml.workflows.rollback import rollback
 from ml.workflows.verdicts import verdict_of
 from tests.tiny_models import always, answering
-from tests.tiny_versions import empty_registry, register_tiny, small_dataset, take_alias
+from tests.tiny_versions import empty_registry, int8_files, register_tiny, small_dataset, take_alias
 
 POLICY = """
 [mechanical]
@@ -109,12 +112,19 @@ class Site:
         """One answer to everything: exactly chance."""
         return always(0)
 
-    def add(self, model, *, manifest=None, **named):
+    def add(self, model, *, manifest=None, int8=None, **named):
         work = self.folder / str(len(list(self.folder.iterdir())))
+        if int8:
+            named["int8"] = int8_files(work, int8)
         return register_tiny(self.settings, manifest or self.manifest, work, model=model, **named).version
 
     def promote(self, **named):
         return promote(self.settings, inspect=sound, **named)
+
+    def tolerate(self, fall):
+        """Lets int8 cost more than the policy does: 200 images cannot show that less than 0.013 was lost."""
+        changed = POLICY.replace("largest_accuracy_fall = 0.003", f"largest_accuracy_fall = {fall}")
+        self.settings.gate_policy.write_text(changed.replace("calibration_margin = 0.01", "calibration_margin = 0.1"))
 
     def standing(self):
         found = {alias: self.registry.by_alias(alias) for alias in ("champion", "previous")}
@@ -545,7 +555,8 @@ def test_a_promotion_that_is_killed_between_any_two_writes_is_finished_by_the_ne
     champion = site.add(site.right(120))
     site.promote()
     loser = site.add(site.poor, validation_accuracy=0.1)
-    winner = site.add(site.good, validation_accuracy=0.9)
+    winner = site.add(site.good, validation_accuracy=0.9, int8=site.right(179))
+    site.tolerate(0.05)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["ml.workflows.promote"])
     for writes in range(20):
@@ -553,6 +564,8 @@ def test_a_promotion_that_is_killed_between_any_two_writes_is_finished_by_the_ne
         process.start()
         process.join(120)
         assert site.standing()[0] in (champion, winner)
+        if site.standing()[0] == winner:
+            assert site.registry.by_version(winner).tags["engine"] == "int8", "it serves before its form is chosen"
         if process.exitcode == 0:
             break  # as many writes as a whole promotion has
         assert process.exitcode == -signal.SIGKILL
@@ -564,6 +577,7 @@ def test_a_promotion_that_is_killed_between_any_two_writes_is_finished_by_the_ne
         assert decisions == {winner: "promoted", loser: "refused"}, f"killed after {writes} writes"
         assert {verdict["n"] for verdict in verdicts.values()} == {200}
         assert verdicts[winner] in result["candidates"]
+        assert (verdicts[winner]["engine"], verdicts[winner]["test_accuracy"]) == ("int8", 0.895)
         for version in (winner, loser):
             tags = site.registry.by_version(version).tags
             page = site.registry.read_attached(site.registry.by_version(version), tags["gate.report"])
@@ -572,8 +586,85 @@ def test_a_promotion_that_is_killed_between_any_two_writes_is_finished_by_the_ne
         site.registry.set_alias("champion", champion)
         take_alias(site.registry, "previous")
         for version in (winner, loser):
-            site.registry.set_tags(version, {"gate.decision": "pending"})
+            site.registry.set_tags(version, {"gate.decision": "pending", "engine": "fp32"})
     assert writes == 8, "the loser's report and tags; the winner's report, the move, tags, two aliases, move struck out"
+
+
+def test_int8_serves_where_it_costs_little_and_whatever_is_judged_is_of_that_form(site):
+    first = site.add(site.right(120))
+    site.promote()
+    site.tolerate(0.05)
+    inspected = {}
+
+    def inspect(settings, version, engine):
+        inspected[version] = engine
+        return sound(settings, version, engine)
+
+    version = site.add(site.good, int8=site.right(179))
+    result = promote(site.settings, inspect=inspect)
+    assert (result["promoted"], site.standing()) == (True, (version, first)), result["reason"]
+    assert inspected == {version: "int8"}
+    assert result["champion"]["test_accuracy"] == 0.895, "it was measured in another form than it serves"
+    (report,) = result["reports"]
+    assert report["comparison"]["accuracy"]["value"] == pytest.approx(0.295)
+    assert report["engine"]["comparison"]["pairs"] == {"n": 200, "gained": 0, "lost": 1}
+    tags = site.registry.by_version(version).tags
+    assert (tags["engine"], tags["engine.reason"]) == ("int8", report["engine"]["reason"])
+    assert site.registry.by_version(first).tags["engine"] == "fp32"
+
+    source = RegistrySource(site.settings.tracking_uri, site.folder / "server", ask_again_seconds=0)
+    champion = source.champion()
+    assert (champion.version, champion.engine) == (version, "int8")
+    assert champion.fingerprint == tags["sha256.model.int8.onnx"]
+    assert source.fetch(champion).name == "model.int8.onnx"
+    # Its rival is now judged against what it says in int8.
+    site.add(site.good)
+    (report,) = site.promote()["reports"]
+    assert report["champion_measured"]["metrics"]["accuracy"] == 0.895
+
+    set_engine(site.settings, version, "fp32")
+    another = source.champion()
+    assert (another.version, another.engine, another.fingerprint) == (version, "fp32", tags["sha256.model.onnx"])
+    assert another.identity != champion.identity, "the servers would not swap"
+    assert source.fetch(another).name == "model.onnx"
+    assert set_engine(site.settings, version, "int8")["engine"] == "int8"
+    assert source.champion() == champion
+
+
+def test_int8_that_may_cost_too_much_serves_nobody_and_cannot_be_chosen_by_hand_either(site):
+    version = site.add(site.good, int8=site.right(179))
+    assert site.promote()["champion"]["test_accuracy"] == 0.9
+    tags = site.registry.by_version(version).tags
+    assert tags["engine"] == "fp32"
+    assert "1 lost" in tags["engine.reason"]
+    with pytest.raises(ModelInvalid, match="1 lost"):
+        set_engine(site.settings, version, "int8")
+    assert site.registry.by_version(version).tags == tags
+    with pytest.raises(ConfigurationError):
+        set_engine(site.settings, version, "int4")
+
+
+def test_an_int8_form_that_cannot_be_used_leaves_float32(site):
+    site.tolerate(0.05)
+    broken = site.add(site.right(120), int8=site.good, validation_accuracy=0.3)
+    site.registry.set_tags(broken, {"sha256.model.int8.onnx": "0" * 64})
+    overflowing = np.zeros((3072, 10))
+    overflowing[:, 0] = 3e38  # NaN on real images
+    nan = site.add(site.right(150), int8={"weights": overflowing}, validation_accuracy=0.4)
+    without = site.add(site.right(150), validation_accuracy=0.2)
+    sound = site.add(site.good, int8=site.good, validation_accuracy=0.9)
+    site.promote()
+    tags = {version: site.registry.by_version(version).tags for version in (broken, nan, without, sound)}
+    chosen = {version: found["engine"] for version, found in tags.items()}
+    assert chosen == {broken: "fp32", nan: "fp32", without: "fp32", sound: "int8"}
+    assert "SHA-256" in tags[broken]["engine.reason"]
+    assert "NaN" in tags[nan]["engine.reason"]
+    assert "a tiny model has none" in tags[without]["engine.reason"]
+    text = site.settings.gate_policy.read_text()
+    site.settings.gate_policy.write_text(text.replace("wanted = true", "wanted = false"))
+    version = site.add(site.right(195), int8=site.right(195))
+    assert site.promote()["champion"]["version"] == version
+    assert "wants no int8" in site.registry.by_version(version).tags["engine.reason"]
 
 
 @pytest.fixture
@@ -668,6 +759,21 @@ def test_a_winner_that_has_not_seen_enough_waits_and_the_next_call_goes_on_count
         assert site.promote(after_shadow=30, shadow_wait_seconds=60)["promoted"] is True
     assert mirror.seen.since == since
     assert site.standing() == (winner, champion)
+
+
+def test_a_winner_is_mirrored_in_the_form_in_which_it_would_serve(shadowed_site):
+    site, _, _ = shadowed_site
+    best = site.add(site.right(195), int8=site.right(194), validation_accuracy=0.9)
+    site.promote(after_shadow=30, shadow_wait_seconds=0)
+    assert site.registry.by_version(best).tags["engine"] == "fp32"
+    since = traffic.read(site.registry).since
+    site.tolerate(0.05)
+    site.promote(after_shadow=30, shadow_wait_seconds=0)
+    assert site.registry.by_version(best).tags["engine"] == "int8"
+    now = traffic.read(site.registry)
+    assert (now.version, now.since > since) == (best, True), "what float32 saw counts for int8"
+    site.promote(after_shadow=30, shadow_wait_seconds=0)
+    assert traffic.read(site.registry) == now
 
 
 def test_a_rollback_need_not_wait_for_a_shadow_and_overtakes_it(shadowed_site):

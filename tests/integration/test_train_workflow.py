@@ -17,13 +17,14 @@ import pytest
 from mlflow import MlflowClient
 
 from ml.datasets import store, synthetic
+from ml.datasets.manifest import Split
 from ml.errors import ConfigurationError, DatasetNotFound, RegistryUnavailable, TrainingDiverged, TrainingError
 from ml.evaluation.golden import read_golden
 from ml.evaluation.model_card import SECTIONS
 from ml.models.specs import BaselineSpec, Vgg16Spec
 from ml.monitoring.image_statistics import image_statistics
 from ml.monitoring.reference import read_reference
-from ml.registry.versions import Registry
+from ml.registry.versions import FP32, INT8, ModelVersion, Registry
 from ml.serving.engine import Engine
 from ml.settings import Settings
 from ml.training.recipe import BaselineRecipe, Stage, Vgg16Recipe, load_recipe
@@ -134,8 +135,22 @@ def test_a_baseline_becomes_a_version_with_all_its_evidence(ready: tuple[Setting
     check_golden_images(artifacts, {image.tobytes() for image in validation.images[right]}, reference.labels[right])
     described = client.get_model_version(challenger.name, str(result["version"])).description
     check_card((artifacts / "card.md").read_text(), result, described)
+    assert float(challenger.tags["metric.validation_accuracy"]) == pytest.approx(right.mean())
+    check_int8(registry, challenger, tmp_path / "cache", validation)
+
+
+def check_int8(registry: Registry, version: ModelVersion, cache: Path, validation: Split) -> None:
+    """Another form of the same model, with its own word on the validation images; float32 serves until it is chosen."""
+    assert (version.tags["int8"], version.form) == ("made", FP32)
+    artifacts = registry.fetch(version, cache, INT8.files) / "artifacts"
+    given = Engine(artifacts / INT8.onnx).predict(validation.images)
+    reference, golden = read_reference(artifacts / INT8.reference), read_golden(artifacts / INT8.golden)
+    assert np.allclose(reference.probabilities, given, atol=1e-5)
+    by_fp32 = read_reference(artifacts / "reference.parquet").probabilities
+    assert 0 < np.abs(given - by_fp32).max() < 0.1
+    assert np.allclose(Engine(artifacts / INT8.onnx).predict(golden.images), golden.probabilities, atol=1e-5)
     accuracy = (reference.class_ids == reference.labels).mean()
-    assert float(challenger.tags["metric.validation_accuracy"]) == pytest.approx(accuracy)
+    assert f"validation accuracy of {accuracy:.4f}" in (artifacts / "card.md").read_text()
 
 
 def check_golden_images(artifacts: Path, right: set[bytes], classes: np.ndarray) -> None:

@@ -90,7 +90,13 @@ def report(champion: Champion | None = CHAMPION, extra: tuple[Check, ...] = (), 
 
 
 BLESSED = report(extra=SHADOW)
-BROKEN = report(checks=(), error="its file cannot be loaded", comparison=None, measured=None)
+BROKEN = report(
+    checks=(),
+    error="its file cannot be loaded",
+    comparison=None,
+    measured=None,
+    engine=EngineChoice("fp32", "the version has no int8 form."),
+)
 FAILED = report(checks=MECHANICAL + absolute_checks(CANDIDATE_MEASURED, POLICY))
 ALONE = report(champion=None, comparison=None)
 WAITING = report(champion=replace(CHAMPION, error="its file is gone"), comparison=None, champion_measured=None)
@@ -383,12 +389,10 @@ def test_figures_that_are_none_are_said_on_the_page_and_null_in_json():
     assert ["absent", "✗ fails", "–", "–", "0.3000", "was not measured"] in rows
 
 
-def test_the_form_that_serves_is_told_with_its_figures_or_with_why_there_are_none():
-    shown = as_html(BLESSED)
-    assert "In which form it serves" in shown
+def test_the_form_that_serves_is_told_with_its_figures_or_with_why_there_are_none(pages):
+    shown = pages["blessed"].text
     for figure in ("2.00 times as fast", "8.50 ms to 4.25 ms", "5.50 ms", "float32 9.75 ms", "below 0.003"):
         assert figure in shown, figure
     assert as_json(BLESSED)["engine"]["comparison"]["int8"] == {"median_ms": 4.25, "p95_ms": 5.5}
-    without = replace(BLESSED, engine=EngineChoice("fp32", "the version has no int8 form."))
-    assert "fp32: the version has no int8 form." in as_html(without)
-    assert "int8 less float32" not in as_html(without)
+    assert "fp32: the version has no int8 form." in pages["broken"].text
+    assert "int8 less float32" not in pages["broken"].text

@@ -10,9 +10,8 @@ from ml.training.quantization import quantize
 from tests.tiny_models import make_convolutional, make_onnx
 
 RNG = np.random.default_rng(1)
-IMAGES = np.clip(RNG.integers(0, 256, (96, 1, 1, 3)) + RNG.normal(scale=40, size=(96, 32, 32, 3)), 0, 255).astype(
-    np.uint8
-)
+COLOURED = RNG.integers(0, 256, (96, 1, 1, 3)) + RNG.normal(scale=40, size=(96, 32, 32, 3))
+IMAGES = np.clip(COLOURED, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
