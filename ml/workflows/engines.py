@@ -12,19 +12,10 @@ import numpy as np
 from ml.errors import ConfigurationError, InputInvalid, ModelInvalid, ModelNotFound
 from ml.evaluation.engine_choice import EngineChoice, EngineName, Latency, choose_engine, compare_engines
 from ml.evaluation.gate_policy import Int8, load_policy
-from ml.registry.versions import (
-    FP32,
-    INT8,
-    TAG_ENGINE,
-    TAG_ENGINE_REASON,
-    TAG_INT8,
-    ModelVersion,
-    Registry,
-)
+from ml.registry.versions import FP32, INT8, TAG_ENGINE, TAG_ENGINE_REASON, TAG_INT8, ModelVersion, Registry
 from ml.serving.engine import SERVER_THREADS, Engine
 from ml.settings import Settings
 from ml.workflows.exam import Exam, answers, fetch_onnx, load_exam
-from ml.workflows.promotion_lock import LOCK_WAIT_SECONDS, alone
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +50,11 @@ def choose(
     return choice, said[INT8 if choice.engine == INT8.engine else FP32]
 
 
-def set_engine(
-    settings: Settings, version: int, engine: EngineName, *, lock_wait_seconds: float = LOCK_WAIT_SECONDS
-) -> dict[str, object]:
+def set_engine(settings: Settings, version: int, engine: EngineName) -> dict[str, object]:
     """Has a version serve in another form, by a person's wish; the servers swap at one of their next looks.
 
-    float32 is always to be had. int8 is what the gate would accept, or it is refused: both forms are measured on all
-    test images first.
+    float32 is to be had at once, and waits for no promotion. int8 is what the gate would accept, or it is refused: both
+    forms are measured on all test images first.
 
     Returns:
         {"version", "engine", "reason"}, as they are written on the version.
@@ -75,26 +64,23 @@ def set_engine(
         ModelInvalid: int8 was asked for and is refused, with the figures; nothing has changed.
         ConfigurationError: there is no such form, or the policy cannot be used.
         DatasetNotFound, DatasetInvalid, StorageError: the test images cannot be read.
-        RegistryUnavailable, DatabaseUnavailable, RegistryError: as for `promote`.
+        RegistryUnavailable: could not ask; nothing has changed, or the reason alone.
     """
     if engine not in (FP32.engine, INT8.engine):
         raise ConfigurationError(f"{engine!r} is no form of a version.", fix="say fp32 or int8.")
-    with alone(settings, lock_wait_seconds) as still_alone:
-        registry = Registry(settings.tracking_uri)
-        found = registry.by_version(version)
-        reason = "chosen by hand."
-        if engine == INT8.engine:
-            policy = load_policy(settings.gate_policy)
-            exam = load_exam(settings, found.dataset_id, None, policy.absolute.corrupted_images)
-            choice, _ = choose(registry, settings, policy.int8, found, exam)
-            if choice.engine != INT8.engine:
-                raise ModelInvalid(
-                    f"Version {version} goes on as {found.form.engine}: {choice.reason}",
-                    fix="leave it so, or change what policies/gate.toml demands under [int8].",
-                )
-            reason = f"chosen by hand; {choice.reason}"
-        still_alone()
-        registry.set_tags(version, {TAG_ENGINE_REASON: reason, TAG_ENGINE: engine})
+    registry = Registry(settings.tracking_uri)
+    found = registry.by_version(version)
+    reason = "chosen by hand."
+    if engine == INT8.engine:
+        exam = load_exam(settings, found.dataset_id, limit=None, per_cell=None)
+        choice, _ = choose(registry, settings, load_policy(settings.gate_policy).int8, found, exam)
+        if choice.engine != INT8.engine:
+            raise ModelInvalid(
+                f"Version {version} does not come to serve in int8: {choice.reason}",
+                fix="leave it as it is, or change what policies/gate.toml demands under [int8].",
+            )
+        reason = f"chosen by hand; {choice.reason}"
+    registry.set_tags(version, {TAG_ENGINE_REASON: reason, TAG_ENGINE: engine})
     logger.info("Version %d serves as %s: %s", version, engine, reason)
     return {"version": version, "engine": engine, "reason": reason}
 

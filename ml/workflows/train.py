@@ -195,12 +195,15 @@ def train(
         version: ModelVersion | None = None
         if register:
             int8 = _make_int8(settings, exported, splits, recipe.seed, folder)
+            of_int8 = {}
             if not isinstance(int8, str):
-                run.log_metrics({"int8_validation_accuracy": int8.validation.accuracy, "int8_seconds": int8.seconds})
+                # Its accuracy is the version's alone: a run that is made again registers nothing, and has no such form.
+                of_int8 = {"int8_validation_accuracy": int8.validation.accuracy}
+                run.log_metrics({"int8_seconds": int8.seconds})
             version = packaging.register(
                 run,
                 exported=exported,
-                metrics=figures,
+                metrics=figures | of_int8,
                 recipe=recipe.model_dump(mode="json"),
                 manifest=manifest,
                 weights=trained.weights,

@@ -151,6 +151,7 @@ def check_int8(registry: Registry, version: ModelVersion, cache: Path, validatio
     assert np.allclose(Engine(artifacts / INT8.onnx).predict(golden.images), golden.probabilities, atol=1e-5)
     accuracy = (reference.class_ids == reference.labels).mean()
     assert f"validation accuracy of {accuracy:.4f}" in (artifacts / "card.md").read_text()
+    assert float(version.tags["metric.int8_validation_accuracy"]) == pytest.approx(accuracy)
 
 
 def check_golden_images(artifacts: Path, right: set[bytes], classes: np.ndarray) -> None:
