@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from deploy.server.registry_source import RegistrySource
-from ml.errors import ConfigurationError, ModelNotFound, RegistryError, RegistryUnavailable
+from ml.errors import ConfigurationError, ModelInvalid, ModelNotFound, RegistryError, RegistryUnavailable
 from ml.registry import traffic
 from ml.registry.versions import MODEL_NAME, ONNX_FILE, PENDING, TAG_DECISION, Registry, checksum_tag
 from ml.traffic import Traffic
@@ -202,6 +202,26 @@ def test_the_server_reads_both_in_one_question_once_it_knows_the_versions(here, 
     assert look()[1][0].version == 2
     look()
     assert asked == ["get_registered_model"]
+
+
+def test_the_form_that_serves_is_learnt_with_the_alias_with_new_traffic_and_after_a_while(here, registry, tmp_path):
+    source = RegistrySource(here.tracking_uri, tmp_path / "cache", ask_again_seconds=1000)
+    traffic.write(registry, Traffic(3, "mirror", 1, datetime.now(UTC)))
+    assert (source.champion().engine, source.challenger()[0].engine) == ("fp32", "fp32")
+    for version in (1, 3):
+        registry.set_tags(version, {"engine": "int8", "sha256.model.int8.onnx": "int8"})
+    assert (source.champion().engine, source.challenger()[0].engine) == ("fp32", "fp32"), "it asked at once"
+    traffic.write(registry, Traffic(3, "mirror", 1, datetime.now(UTC)))
+    assert (source.champion().engine, source.challenger()[0].engine) == ("fp32", "int8")
+    registry.set_alias("champion", 3)
+    crowned = source.champion()
+    assert (crowned.version, crowned.engine, crowned.fingerprint) == (3, "int8", "int8")
+    registry.set_tags(3, {"engine": "fp32"})
+    source._ask_again_seconds = 0
+    assert source.champion().engine == "fp32"
+    registry.set_tags(3, {"engine": "int4"})
+    with pytest.raises(ModelInvalid, match="int4"):
+        source.champion()
 
 
 def test_a_challengers_file_is_not_waited_for_as_long_as_a_champions(here, registry, tmp_path, monkeypatch):

@@ -291,7 +291,7 @@ def test_a_process_of_its_own_finds_the_same(here, register, tmp_path, monkeypat
     register()
     bounded = with_policy(here, tmp_path, "size_mib = 200.0", "size_mib = 0.01")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # what it is told counts, not what stands around
-    checks = inspect_in_fresh_process(bounded, 1)
+    checks = inspect_in_fresh_process(bounded, 1, "fp32")
     assert tuple(check.name for check in checks) == NAMES
     assert [check.name for check in checks if not check.holds] == ["size"]
     assert {check.group for check in checks} == {"mechanical"}

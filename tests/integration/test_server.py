@@ -209,6 +209,7 @@ def test_without_a_champion_it_is_alive_and_not_ready(tmp_path, settings):
 def test_the_model_route_says_what_serves_and_what_failed(served, tmp_path):
     before = served.get("/v1/model").get_json()
     assert (before["version"], before["data"], before["failure"]) == (1, "SYNTHETIC", None)
+    assert before["engine"] == "fp32"
     broken = tmp_path / "secret-folder" / "2.onnx"
     broken.parent.mkdir()
     broken.write_bytes(b"not a model")

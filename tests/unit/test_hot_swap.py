@@ -93,6 +93,20 @@ def test_a_registry_made_anew_counts_from_one_and_its_version_is_another_model(s
     assert answers(stage.follower) == (1, 5)
 
 
+def test_another_form_of_the_same_version_is_a_swap_and_is_remembered(stage):
+    stage.crown(1, 4)
+    stage.follower.poll()
+    assert stage.follower.current().engine_name == "fp32"
+    stage.crown(1, 5, engine="int8")
+    stage.follower.poll()
+    assert answers(stage.follower) == (1, 5)
+    assert (stage.follower.state().swaps, stage.follower.current().engine_name) == (2, "int8")
+    stage.leave()
+    late = stage.another()
+    late.poll()
+    assert late.current().engine_name == "int8"
+
+
 def test_a_request_keeps_the_model_that_it_began_with(stage):
     stage.crown(1, 4)
     stage.follower.poll()
