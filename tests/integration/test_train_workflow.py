@@ -187,7 +187,7 @@ def test_vgg16_keeps_both_stages_and_says_that_its_weights_are_random(ready: tup
     assert len(list((settings.cache_dir / "features").glob("*.npy"))) == 4, "the next training finds them there"
     assert result["corrupted_accuracy"] is None
     version = Registry(settings.tracking_uri).by_version(int(str(result["version"])))
-    assert (version.architecture, version.weights) == ("vgg16", "RANDOM WEIGHTS")
+    assert (version.architecture, version.weights, version.tags["int8"]) == ("vgg16", "RANDOM WEIGHTS", "made")
 
 
 def test_a_diverged_training_registers_nothing_and_fails_its_run(
