@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo up down env images test test-quick test-services test-stack test-model compose-test check format \
-	clean requirements bench bench-train
+	clean requirements bench bench-train bench-serve bench-soak
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -60,10 +60,23 @@ test-model: $(INSTALLED)
 compose-test: $(INSTALLED) ## The system in containers, from nothing: start, loop, restarts, outages, removal; prints the times
 	$(PYTEST) tests/compose -s -x
 
-bench: bench-train ## All benchmarks, one after the other; leave the machine to them
+bench: bench-train bench-serve ## All benchmarks, one after the other; leave the machine to them
 
 bench-train: $(INSTALLED) ## Training against Keras' own fit: speed, memory, accuracy (about fifteen minutes)
 	$(BIN)/python -m benchmarks.training
+
+bench-serve: $(INSTALLED) .venv-bench/installed ## Serving against its peers and the bare model (about half an hour)
+	$(BIN)/python -m benchmarks.serving
+
+# Not among the benchmarks above: it adds to what bench-serve wrote.
+bench-soak: $(INSTALLED) ## Half an hour of full load on the server: memory, failures, what is logged
+	$(BIN)/python -m benchmarks.serving --soak 30
+
+# BentoML, which serving is measured against, and what it brings along.
+.venv-bench/installed: requirements/bench.txt | $(INSTALLED)
+	@test -x $(@D)/bin/python || $(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/uv pip sync --compile-bytecode --python $(@D)/bin/python --require-hashes $<
+	@touch $@
 
 check: $(INSTALLED) ## Lint, format, types, layers
 	$(BIN)/ruff check .

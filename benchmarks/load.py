@@ -31,7 +31,7 @@ PAUSE = 0.1
 MOST_CONNECTIONS = 64
 """Of an open loop; what is due while all are busy waits, and its wait counts."""
 
-_NEWLINE = b"\r\n\r\n"
+_END_OF_HEAD = b"\r\n\r\n"
 _LENGTH = b"\r\ncontent-length:"
 
 
@@ -65,13 +65,14 @@ class Outcome:
 
 
 class _Connection:
-    """A client's connection, and the request that is on it, if one is: `since` is when that was due."""
+    """A client's connection, and whether a request is out on it: `since` is when that was due."""
 
-    __slots__ = ("buffer", "since", "socket")
+    __slots__ = ("buffer", "out", "since", "socket")
 
     def __init__(self) -> None:
         self.socket: socket.socket | None = None
         self.buffer = b""
+        self.out = False
         self.since = 0
 
 
@@ -87,7 +88,8 @@ class Load:
     def __init__(self, address: tuple[str, int], requests: Sequence[bytes], *, deadline: float = DEADLINE) -> None:
         self._address, self._requests, self._deadline = address, requests, int(deadline * 1e9)
         self._epoll = select.epoll()
-        self._busy: dict[int, _Connection] = {}
+        self._connected: dict[int, _Connection] = {}
+        self._out = 0  # requests that wait for their answer
         self._latencies: list[int] = []
         self._answered: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -118,14 +120,14 @@ class Load:
                 now = time.perf_counter_ns()
                 if not self._send(connection, now):
                     resting.append((now + int(PAUSE * 1e9), connection))
-            if not self._busy and now >= end:
+            if not self._out and now >= end:
                 break
             for descriptor, _ in self._epoll.poll(PAUSE if resting else 1):
                 if descriptor == until:
                     self._epoll.unregister(descriptor)
                     end = now
                     continue
-                connection = self._busy[descriptor]
+                connection = self._connected[descriptor]
                 if self._receive(connection):
                     idle.append(connection)
             if now - looked > 1e9:
@@ -140,7 +142,7 @@ class Load:
         due = _arrivals(rate, seconds, seed)
         cpu, began = time.process_time_ns(), time.perf_counter_ns()
         looked, index = began, 0
-        while index < len(due) or self._busy:
+        while index < len(due) or self._out:
             now = time.perf_counter_ns()
             while index < len(due) and idle and began + due[index] <= now:
                 connection = idle.pop()
@@ -156,7 +158,7 @@ class Load:
                     looked = now
                 continue
             for descriptor, _ in self._epoll.poll(0):
-                connection = self._busy[descriptor]
+                connection = self._connected[descriptor]
                 if self._receive(connection):
                     idle.append(connection)
         return self._outcome(began, cpu, idle, due=len(due))
@@ -166,38 +168,35 @@ class Load:
         request = self._requests[self._sent % len(self._requests)]
         self._sent += 1
         try:
-            if connection.socket is None or _was_closed(connection.socket):
-                self._close(connection)
-                connection.socket = socket.create_connection(self._address, timeout=5)
-                connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # A request fits into the kernel's buffer, and what is read was announced: nothing blocks.
-                connection.socket.settimeout(None)
-            connection.socket.sendall(request)
+            stream = connection.socket or self._connect(connection)
+            stream.sendall(request)
         except OSError as error:
             self._fail(connection, "refused" if isinstance(error, ConnectionRefusedError) else "broken")
             return False
-        connection.since = since
-        descriptor = connection.socket.fileno()
-        self._busy[descriptor] = connection
-        self._epoll.register(descriptor, select.EPOLLIN)
+        connection.since, connection.out = since, True
+        self._out += 1
         return True
 
     def _receive(self, connection: _Connection) -> bool:
-        """Takes what came; whether the connection is idle again, by an answer or by an error."""
-        assert connection.socket is not None  # noqa: S101 - it is busy
+        """Takes what came; whether that ended the request that was out on it, by an answer or by an error."""
+        stream = connection.socket
+        assert stream is not None  # noqa: S101 - it is connected
         try:
-            came = connection.socket.recv(65536)
+            came = stream.recv(65536)
         except OSError:
             came = b""
+        if not connection.out:
+            # The server ends a connection on which nothing was asked: its right, and no failed request.
+            self._close(connection)
+            return False
         data = connection.buffer + came if connection.buffer else came
-        end = data.find(_NEWLINE)
+        end = data.find(_END_OF_HEAD)
         if came and end < 0:
             connection.buffer = data
             return False
         head = data[:end].lower()
         start = head.find(_LENGTH)
         if not came or start < 0:
-            self._release(connection)
             self._fail(connection, "broken" if not came else "no length")
             return True
         stop = head.find(b"\r\n", start + 2)
@@ -209,17 +208,21 @@ class Load:
         self._answered[status] += 1
         if status == "200":
             self._latencies.append(self._last - connection.since)
-        connection.buffer = b""
-        self._release(connection)
+        connection.buffer, connection.out = b"", False
+        self._out -= 1
         if b"\r\nconnection: close" in head:
             self._close(connection)
         return True
 
-    def _release(self, connection: _Connection) -> None:
-        assert connection.socket is not None  # noqa: S101 - it is busy
-        descriptor = connection.socket.fileno()
-        self._epoll.unregister(descriptor)
-        del self._busy[descriptor]
+    def _connect(self, connection: _Connection) -> socket.socket:
+        stream = socket.create_connection(self._address, timeout=5)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A request fits into the kernel's buffer, and what is read was announced: nothing blocks.
+        stream.settimeout(None)
+        connection.socket = stream
+        self._connected[stream.fileno()] = connection
+        self._epoll.register(stream.fileno(), select.EPOLLIN)
+        return stream
 
     def _fail(self, connection: _Connection, kind: str) -> None:
         self._errors[kind] += 1
@@ -227,15 +230,18 @@ class Load:
         self._close(connection)
 
     def _close(self, connection: _Connection) -> None:
+        """Closes it; a request that is out on it is so no more."""
+        self._out -= connection.out
         if connection.socket is not None:
+            self._epoll.unregister(connection.socket.fileno())
+            del self._connected[connection.socket.fileno()]
             connection.socket.close()
-        connection.socket, connection.buffer = None, b""
+        connection.socket, connection.buffer, connection.out = None, b"", False
 
     def _give_up(self, now: int) -> list[_Connection]:
         """Ends the requests that wait for too long; their connections."""
-        late = [connection for connection in self._busy.values() if now - connection.since > self._deadline]
+        late = [c for c in self._connected.values() if c.out and now - c.since > self._deadline]
         for connection in late:
-            self._release(connection)
             self._fail(connection, "no answer in time")
         return late
 
@@ -286,16 +292,6 @@ def _arrivals(rate: float, seconds: float, seed: int) -> list[int]:
         times.append(int(now * 1e9))
         now += draw.expovariate(rate)
     return times
-
-
-def _was_closed(idle: socket.socket) -> bool:
-    """Whether the server has closed a connection on which nothing was asked: its right, and no failed request."""
-    try:
-        return idle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
 
 
 def _latency(nanoseconds: list[int]) -> dict[str, float]:
