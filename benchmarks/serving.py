@@ -4,10 +4,10 @@ One VGG16 and the same PNG files for all: our server as it is deployed, with its
 the int8 file; BentoML with adaptive batching on the same two files and threads; `mlflow models serve` and a plain
 Flask with `model.predict` on the Keras model. The limit is a bare ONNX Runtime session in a loop on decoded arrays.
 
-Rounds alternate between all of them, each round in another order; ratios are taken within a round, and their median is
-what is held against a bound. All servers stay up, and rest while one is measured: what each takes at rest is among the
-figures. A load is a warm-up, then closed loops with 1, 8 and 32 clients, then open loops at shares of what the server
-has just answered to 32 clients (`benchmarks.load`).
+Rounds alternate between all of them, each round in another order, what runs the same file in direct succession; ratios
+are taken within a round, and their median is what is held against a bound. All servers stay up, and rest while one is
+measured: what each takes at rest is among the figures. A load is a warm-up, then closed loops with 1, 8 and 32 clients,
+then open loops at shares of what the server has just answered to 32 clients (`benchmarks.load`).
 
 `--soak MINUTES` is a run of its own, which adds its figures to those of the last benchmark.
 """
@@ -43,6 +43,7 @@ from benchmarks.serving_contenders import (
 from benchmarks.serving_figures import (
     FULL_LOAD,
     PRECISIONS,
+    account,
     add_soak,
     figures_of,
     growth,
@@ -74,6 +75,9 @@ from ml.serving.testing import FolderSource
 from ml.settings import PROJECT_ROOT, load_settings
 
 logger = logging.getLogger("benchmarks.serving")
+
+LOOKS = 360
+"""At the memory, in a soak of any length."""
 
 
 def run(plan: Plan, work: Path, kind: str) -> Result:
@@ -144,13 +148,12 @@ def run(plan: Plan, work: Path, kind: str) -> Result:
     )
 
 
-def soak(minutes: float, work: Path, every: float = 5.0) -> tuple[dict[str, object], list[Target]]:
+def soak(minutes: float, work: Path) -> tuple[dict[str, object], list[Target]]:
     """32 clients ask the int8 model without a pause, and its memory is watched.
 
     Args:
         minutes: for how long.
         work: as of `run`.
-        every: seconds between two looks at the memory.
     """
     models, logs = work / "models", work / "logs"
     make_models(models)
@@ -168,9 +171,9 @@ def soak(minutes: float, work: Path, every: float = 5.0) -> tuple[dict[str, obje
             while (passed := time.monotonic() - began) < minutes * 60:
                 at.append(passed / 60)
                 memory.append(loaded.server.memory_mb())
-                time.sleep(every)
+                time.sleep(minutes * 60 / LOOKS)
             outcome = end()
-        account = _account(loaded, url)
+        accounted = _account(loaded, url)
     rss, pss = ([sample[key] for sample in memory] for key in ("rss", "pss"))
     grown = growth(at, rss)
     code = code_state(PROJECT_ROOT)
@@ -183,10 +186,10 @@ def soak(minutes: float, work: Path, every: float = 5.0) -> tuple[dict[str, obje
         "pss_growth": growth(at, pss),
         "rss_mb": {"first": rss[0], "last": rss[-1], "max": max(rss)},
         "samples": [[round(minute, 2), round(mb, 1)] for minute, mb in zip(at, rss, strict=True)],
-        "account": account,
+        "account": accounted,
         **asdict(outcome),
     }
-    return figures, soak_targets(grown, outcome.failed, account["unaccounted"])
+    return figures, soak_targets(grown, outcome.failed, accounted["unaccounted"])
 
 
 def make_models(folder: Path) -> None:
@@ -241,11 +244,8 @@ def _folder(path: Path) -> Path:
 
 
 def _account(loaded: Loaded, database_url: str) -> dict[str, int]:
-    """Sent, answered, logged: each request is one image, so one row."""
     answered = loaded.answered["200"]
-    logged = logged_rows(database_url, answered)
-    unaccounted = abs(loaded.sent - answered) + abs(answered - logged)
-    return {"sent": loaded.sent, "answered": answered, "logged": logged, "unaccounted": unaccounted}
+    return account(loaded.sent, answered, logged_rows(database_url, answered))
 
 
 def main() -> None:

@@ -93,6 +93,15 @@ def ratios_of(rounds: Sequence[Round]) -> dict[str, Spread]:
     return found
 
 
+def account(sent: int, answered: int, logged: int) -> dict[str, int]:
+    """Whether requests sent, answered with 200, and logged add up: each is one image, so one row.
+
+    `unaccounted` counts both what was sent and not answered, and rows too few or too many.
+    """
+    unaccounted = abs(sent - answered) + abs(answered - logged)
+    return {"sent": sent, "answered": answered, "logged": logged, "unaccounted": unaccounted}
+
+
 def targets_of(
     ratios: Mapping[str, Spread], *, ready: Spread, memory: Mapping[str, float], swaps_failed: int, unaccounted: int
 ) -> list[Target]:

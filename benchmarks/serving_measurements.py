@@ -203,8 +203,14 @@ def measure_round(
 ) -> Round:
     """One round, in an order of its own."""
     found = Round()
-    turns: list[Loaded | str] = [*loaded, *limits]
-    random.Random(number).shuffle(turns)  # noqa: S311 - an order, no secret
+    draw = random.Random(number)  # noqa: S311 - an order, no secret
+    # What is compared closely is measured closely together: speeds of a shared machine drift within a round.
+    groups: dict[str, list[Loaded | str]] = {precision: [precision] for precision in limits}
+    for item in loaded:
+        precision = item.server.contender.precision
+        groups.setdefault(precision if item.name.endswith(precision) else item.name, []).append(item)
+    order = draw.sample(sorted(groups), len(groups))
+    turns = [turn for name in order for turn in draw.sample(groups[name], len(groups[name]))]
     for turn in turns:
         if isinstance(turn, str):
             found.limit[turn] = {batch: limits[turn].measure(batch, plan.limit) for batch in batches}

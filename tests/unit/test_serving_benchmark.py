@@ -10,7 +10,10 @@ from benchmarks import serving
 from benchmarks.load import Outcome
 from benchmarks.result import Result, Spread, Target, write
 from benchmarks.serving_figures import (
+    CLIENTS,
+    SHARES,
     Round,
+    account,
     add_soak,
     figures_of,
     growth,
@@ -19,6 +22,7 @@ from benchmarks.serving_figures import (
     table,
     targets_of,
 )
+from benchmarks.serving_measurements import QUICK, measure_round
 
 ALONE = Outcome(
     sent=10,
@@ -122,6 +126,54 @@ def test_the_file_holds_every_contender_and_the_counts_add_up(tmp_path):
     said = table(written)
     assert "| ours_int8 | 600 [300, 1200] |" in said
     assert said.count("not reached") == sum(not target["holds"] for target in written["targets"]) > 0
+
+
+class Told:
+    """A server under test, or a limit, that answers at once and notes in `turns` who was measured."""
+
+    def __init__(self, name, turns, precision="fp32"):
+        self.name, self._turns = name, turns
+        self.server = self.contender = self
+        self.precision = precision
+
+    def closed(self, clients, seconds):
+        self._turns.append(self.name)
+        return replace(ALONE, per_second=100.0 * clients)
+
+    def open(self, rate, seconds, seed):
+        return replace(ALONE, per_second=rate)
+
+    def cpu_seconds(self):
+        return 0.0
+
+    def measure(self, batch, seconds):
+        self._turns.append(self.name)
+        return {"per_second": batch, "p50_ms": 1.0, "p99_ms": 1.0}
+
+
+def test_a_round_measures_all_in_its_own_order_and_the_same_file_in_succession():
+    orders = []
+    for number in range(5):
+        turns = []
+        loaded = [Told(name, turns, "int8" if name.endswith("int8") else "fp32") for name in RATES]
+        limits = {precision: Told(precision, turns) for precision in ("fp32", "int8")}
+        found = measure_round(number, QUICK, loaded, limits)
+        assert set(found.closed) == set(found.open) == set(found.cpu_ms) == set(RATES)
+        assert set(found.closed["flask"]) == set(CLIENTS)
+        # Shares of what it has just answered to 32 clients.
+        assert found.open["flask"] == {share: replace(ALONE, per_second=3200 * share) for share in SHARES}
+        assert set(found.limit["int8"]) == {1, 8, 16, 32}
+        order = list(dict.fromkeys(turns))
+        for precision in ("fp32", "int8"):
+            places = sorted(order.index(name) for name in (f"ours_{precision}", f"bentoml_{precision}", precision))
+            assert places[2] - places[0] == 2
+        orders.append(tuple(order))
+    assert len(set(orders)) > 1
+
+
+@pytest.mark.parametrize(("counts", "missing"), [((9, 9, 9), 0), ((9, 8, 8), 1), ((9, 9, 8), 1), ((9, 9, 10), 1)])
+def test_what_was_sent_answered_and_logged_must_add_up(counts, missing):
+    assert account(*counts)["unaccounted"] == missing
 
 
 def test_growth_is_a_slope_with_an_interval_that_holds_the_truth():
