@@ -52,6 +52,7 @@ from benchmarks.serving_figures import (
     table,
     targets_of,
 )
+from benchmarks.serving_limit import THREADS
 from benchmarks.serving_measurements import (
     FULL,
     QUICK,
@@ -70,7 +71,6 @@ from benchmarks.serving_measurements import (
 from ml.datasets import synthetic
 from ml.datasets.cifar10 import load_cifar10
 from ml.registry.provenance import code_state
-from ml.serving.engine import SERVER_THREADS
 from ml.serving.testing import FolderSource
 from ml.settings import PROJECT_ROOT, load_settings
 
@@ -130,7 +130,7 @@ def run(plan: Plan, work: Path, kind: str) -> Result:
         figures={
             "model": "VGG16, 32x32, random weights",
             "images": len(images),
-            "threads": SERVER_THREADS,
+            "threads": THREADS,
             "ratios": ratios,
             **figures,
             "ready_seconds": Spread.of(ready),

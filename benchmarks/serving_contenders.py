@@ -23,9 +23,9 @@ import psutil
 from PIL import Image
 
 from benchmarks.load import post
+from benchmarks.serving_limit import THREADS
 from ml.database import connect
 from ml.errors import DatabaseUnavailable
-from ml.serving.engine import SERVER_THREADS
 from ml.settings import PROJECT_ROOT, Settings, load_settings
 from ml.stack import components
 from ml.stack.migrations import migrate
@@ -35,7 +35,7 @@ from ml.stack.supervisor import Service, tail
 
 BENTOML = PROJECT_ROOT / ".venv-bench" / "bin" / "bentoml"
 HOST = "127.0.0.1"
-DEPLOYED_APP, APP_OF_A_FOLDER = "deploy.server.wsgi:app", "benchmarks.serving_ours:app"
+FOLDER_REGISTRY = PROJECT_ROOT / "benchmarks" / "folder_registry"
 _PATIENCE = 180.0
 _BOUNDARY = "an-image-follows"
 
@@ -174,26 +174,25 @@ def database_server(folder: Path) -> Iterator[Callable[[str], str]]:
 
 
 def ours(precision: str, folder: Path, database_url: str) -> Contender:
-    """The server by the local stack's own command, following `folder`/registry; with its log."""
+    """The server by the local stack's own command, with its log, and `folder`/registry in the registry's place."""
     port = _free_port()
     settings = load_settings(mlops_var_dir=folder / "var", api_port=port)
     service = _deployed(settings)
-    command = [APP_OF_A_FOLDER if word == DEPLOYED_APP else word for word in service.command]
-    if command == list(service.command):
-        raise RuntimeError(f"The server's command does not name {DEPLOYED_APP}: {' '.join(command)}. Teach it here.")
     own = {
         "MLOPS_DATABASE_URL": database_url,
         "MLOPS_VAR_DIR": str(settings.mlops_var_dir),
         "API_PORT": str(port),
         "API_HOST": HOST,
         "PREDICTION_API_KEYS": "",
+        "PREDICTION_RATE_LIMIT": "0",
         "BENCH_FOLDER": str(folder / "registry"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(FOLDER_REGISTRY), os.environ.get("PYTHONPATH")])),
     }
     return Contender(
         name=f"ours_{precision}",
         precision=precision,
         port=port,
-        command=command,
+        command=service.command,
         environment={**service.environment, **own},
         ready="/readyz",
         request=lambda image: post(f"{HOST}:{port}", "/v1/predict", "image/png", png(image)),
@@ -255,7 +254,7 @@ def bentoml(precision: str, models: Path, home: Path) -> Contender:
         command=[str(BENTOML), "serve", "serving_bentoml:Vgg16", "--host", HOST, "--port", str(port)],
         environment=_environment(
             BENCH_ONNX=str(models / f"{precision}.onnx"),
-            BENCH_THREADS=str(SERVER_THREADS),
+            BENCH_THREADS=str(THREADS),
             BENTOML_HOME=str(home),
             BENTOML_DO_NOT_TRACK="True",
         ),

@@ -25,6 +25,7 @@ from benchmarks.load import Outcome
 from benchmarks.result import Spread
 from benchmarks.serving_contenders import HOST, Contender, Server, started
 from benchmarks.serving_figures import BATCHES, CLIENTS, FULL_LOAD, PRECISIONS, SHARES, Round
+from benchmarks.serving_limit import THREADS
 from ml.database import transaction
 from ml.serving.testing import FolderSource
 from ml.settings import PROJECT_ROOT
@@ -72,13 +73,13 @@ class Limit:
         self._process.wait(20)
         self._out.close()
 
-    def measure(self, batch: int, seconds: float) -> dict[str, float]:
-        """As `benchmarks.serving_limit.measure`.
+    def measure(self, loops: int, batch: int, seconds: float) -> dict[str, float]:
+        """As `benchmarks.serving_limit.measure_together`.
 
         Raises:
             RuntimeError: it ended; it said why on stderr.
         """
-        self._in.write(json.dumps({"batch": batch, "seconds": seconds}) + "\n")
+        self._in.write(json.dumps({"loops": loops, "batch": batch, "seconds": seconds}) + "\n")
         self._in.flush()
         line = self._out.readline()
         if not line:
@@ -213,7 +214,8 @@ def measure_round(
     turns = [turn for name in order for turn in draw.sample(groups[name], len(groups[name]))]
     for turn in turns:
         if isinstance(turn, str):
-            found.limit[turn] = {batch: limits[turn].measure(batch, plan.limit) for batch in batches}
+            for loops, into in ((1, found.limit), (THREADS, found.apart)):
+                into[turn] = {batch: limits[turn].measure(loops, batch, plan.limit) for batch in batches}
             best = max(found.limit[turn].values(), key=lambda figures: figures["per_second"])
             logger.info("round %d: limit %s: %.0f images/s", number, turn, best["per_second"])
             continue

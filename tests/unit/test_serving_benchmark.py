@@ -1,6 +1,9 @@
 """What the serving benchmark's measurements come to: ratios within rounds, every target, a file of the known shape."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from benchmarks import serving
 from benchmarks.load import Outcome
 from benchmarks.result import Result, Spread, Target, write
+from benchmarks.serving_contenders import FOLDER_REGISTRY
 from benchmarks.serving_figures import (
     CLIENTS,
     SHARES,
@@ -23,6 +27,7 @@ from benchmarks.serving_figures import (
     targets_of,
 )
 from benchmarks.serving_measurements import QUICK, measure_round
+from ml.settings import PROJECT_ROOT
 
 ALONE = Outcome(
     sent=10,
@@ -52,6 +57,7 @@ def a_round(speed=1.0):
             batch: {"per_second": rate * share * speed, "p50_ms": 1000 * batch / rate / speed, "p99_ms": 9.0}
             for batch, share in ((1, 0.6), (16, 1.0), (32, 0.9))
         }
+        made.apart[precision] = {8: {"per_second": rate * 1.25 * speed, "p50_ms": 9.0, "p99_ms": 9.0}}
     return made
 
 
@@ -68,6 +74,7 @@ def test_ratios_are_taken_within_a_round():
     # The machine's speed differed fourfold between the rounds, and cancels out.
     limit = found["int8: throughput at 32 clients over the limit"]
     assert (limit.min, limit.max, limit.n) == (pytest.approx(600 / 640), pytest.approx(600 / 640), 3)
+    assert found["int8: throughput at 32 clients over a bare session on each core"].median == pytest.approx(600 / 800)
     assert found["fp32: throughput at 32 clients over plain Flask's"].median == pytest.approx(30)
     assert found["int8: throughput at 32 clients over MLflow's"].median == pytest.approx(50)
     assert found["fp32: throughput at 32 clients over BentoML's"].median == pytest.approx(2)
@@ -146,9 +153,9 @@ class Told:
     def cpu_seconds(self):
         return 0.0
 
-    def measure(self, batch, seconds):
+    def measure(self, loops, batch, seconds):
         self._turns.append(self.name)
-        return {"per_second": batch, "p50_ms": 1.0, "p99_ms": 1.0}
+        return {"per_second": loops * batch, "p50_ms": 1.0, "p99_ms": 1.0}
 
 
 def test_a_round_measures_all_in_its_own_order_and_the_same_file_in_succession():
@@ -162,7 +169,8 @@ def test_a_round_measures_all_in_its_own_order_and_the_same_file_in_succession()
         assert set(found.closed["flask"]) == set(CLIENTS)
         # Shares of what it has just answered to 32 clients.
         assert found.open["flask"] == {share: replace(ALONE, per_second=3200 * share) for share in SHARES}
-        assert set(found.limit["int8"]) == {1, 8, 16, 32}
+        assert set(found.limit["int8"]) == set(found.apart["int8"]) == {1, 8, 16, 32}
+        assert (found.limit["int8"][8]["per_second"], found.apart["int8"][8]["per_second"]) == (8, 16)
         order = list(dict.fromkeys(turns))
         for precision in ("fp32", "int8"):
             places = sorted(order.index(name) for name in (f"ours_{precision}", f"bentoml_{precision}", precision))
@@ -217,3 +225,14 @@ def test_a_soak_wants_a_benchmark_to_add_to(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         serving.main()
     assert "run the benchmark first" in capsys.readouterr().err
+
+
+def test_the_deployed_server_follows_a_folder_where_it_is_told_to(tmp_path):
+    asked = (
+        "from deploy.server.registry_source import RegistrySource; "
+        "print(type(RegistrySource('http://127.0.0.1:9', None)).__name__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{FOLDER_REGISTRY}{os.pathsep}{PROJECT_ROOT}"}
+    environment["BENCH_FOLDER"] = str(tmp_path)
+    said = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "FolderSource"
