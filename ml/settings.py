@@ -80,6 +80,12 @@ class Settings(BaseSettings):
     predictions_public_url: Address = _on_this_machine("api_port")
     reports_public_url: Address = _on_this_machine("reports_port")
 
+    # Predicting.
+    prediction_cores: int = Field(2, ge=1)
+    """Cores that the prediction server predicts with: all of them a request that is alone, else each a batch."""
+    prediction_deadline_seconds: float = Field(5, gt=0)
+    """What cannot be answered within that time is refused with 503, at once where it can be told."""
+
     # The gate.
     gate_policy: Path = PROJECT_ROOT / "policies" / "gate.toml"
     """What a model must show before it serves."""

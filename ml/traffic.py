@@ -56,8 +56,8 @@ class Mirrored:
     """One request that the champion answered and the challenger was shown.
 
     `champion_classes` is int (n,), one for each image; `probabilities` is the challenger's answer, float32 (n, 10).
-    Times are of the engine alone and of the whole request, in milliseconds; the challenger predicts one request after
-    the other, the champion several at once. Where the challenger failed, `failure` says how, and it has neither
+    Times are of the engine alone, in milliseconds: where several requests were predicted together, this one's share by
+    images. Where the challenger failed, `failure` says how, and it has neither
     probabilities nor a time.
     """
 

@@ -1,18 +1,20 @@
 """The composition root: reads the settings, makes the real parts, starts them.
 
-Importing it starts the server's threads, which is what a WSGI server imports it for; nothing else may import it.
+Importing it starts the server's threads, which is what the worker imports it for; nothing else may import it.
 """
 
-import atexit
 import logging.config
 from functools import partial
 
 from deploy.server.app import create_app
+from deploy.server.bodies import MAX_BODY_BYTES
+from deploy.server.bridge import Bridge
 from deploy.server.json_logging import logging_config
 from deploy.server.registry_source import RegistrySource
 from ml.monitoring.prediction_log import PredictionLog
 from ml.monitoring.shadow_log import ShadowLog
-from ml.serving.engine import SERVER_THREADS, Engine
+from ml.serving.batcher import Batcher
+from ml.serving.engine import ServingEngine
 from ml.serving.hot_swap import ChampionFollower
 from ml.serving.router import Router
 from ml.settings import load_settings
@@ -27,10 +29,13 @@ _shadows = ShadowLog(_settings.database_url, _settings.spool_dir / "shadows", sp
 _follower = ChampionFollower(
     RegistrySource(_settings.tracking_uri, _settings.cache_dir),
     _settings.cache_dir,
-    load=partial(Engine, threads=SERVER_THREADS),
+    load=partial(ServingEngine, cores=_settings.prediction_cores),
 )
-_router = Router(_follower, record=_shadows.append)
-app = create_app(_settings, follower=_follower, log=_log, router=_router, shadows=_shadows)
+_batcher = Batcher(lanes=_settings.prediction_cores, deadline=_settings.prediction_deadline_seconds)
+_router = Router(_follower, _batcher, record=_shadows.append)
+app = create_app(
+    _settings, follower=_follower, log=_log, batcher=_batcher, router=_router, shadows=_shadows
+)
 
 
 def _end() -> None:
@@ -38,6 +43,7 @@ def _end() -> None:
     _follower.close()
     _log.close()
     _router.close()
+    _batcher.close()
     _shadows.close(timeout=1)
 
 
@@ -45,5 +51,4 @@ _log.start()
 _shadows.start()
 _router.start()
 _follower.start()
-# Runs when a worker ends in order, on SIGTERM too: what waits reaches the database, or stays on disk for the next one.
-atexit.register(_end)
+server = Bridge(app, longest_body=MAX_BODY_BYTES, on_end=_end)

@@ -16,11 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
-
 from ml.errors import CifarError, ModelInvalid, ModelNotFound, RegistryUnavailable, ServiceUnavailable, StorageError
 from ml.files import write_whole
-from ml.serving.engine import Engine
+from ml.serving.engine import Predictor, ServingEngine
 from ml.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -67,13 +65,6 @@ class ChampionSource(Protocol):
 
     def fetch(self, champion: Champion) -> Path:
         """Path of its ONNX file on this machine. RegistryUnavailable, RegistryError or StorageError where it fails."""
-
-
-class Predictor(Protocol):
-    """What answers: `ml.serving.engine.Engine`, or something that batches before one."""
-
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (n, 32, 32, 3) -> float32 (n, 10)."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +145,7 @@ class ChampionFollower:
         *,
         every: float = 2.0,
         again_after: float = 60.0,
-        load: Callable[[Path], Predictor] = Engine,
+        load: Callable[[Path], Predictor] = ServingEngine,
     ) -> None:
         self._source = source
         self._memory = cache_dir / "serving" / "last_champion.json"

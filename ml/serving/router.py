@@ -18,10 +18,14 @@ from uuid import UUID
 import numpy as np
 
 from ml.errors import CifarError
+from ml.serving.batcher import LONGEST_BATCH, Answer, Batcher, Overloaded
 from ml.serving.hot_swap import Challenger, FollowerState, LoadedModel
 from ml.traffic import Mirrored, Mode
 
 logger = logging.getLogger(__name__)
+
+_MIRROR = "the mirror"
+"""A client's name that no caller can have: it has a blank."""
 
 
 class Follower(Protocol):
@@ -80,14 +84,21 @@ class Router:
 
     Args:
         follower: gives the champion, and the challenger while traffic is meant for it.
+        batcher: predicts the images of several requests together.
         record: is handed each mirrored request, on the background thread; must not wait.
         capacity: images that wait to be mirrored at most; an image is 3.1 kB. What does not fit is dropped and counted.
     """
 
     def __init__(
-        self, follower: Follower, *, record: Callable[[Mirrored], object] = _keep_nothing, capacity: int = 1000
+        self,
+        follower: Follower,
+        batcher: Batcher | None = None,
+        *,
+        record: Callable[[Mirrored], object] = _keep_nothing,
+        capacity: int = 1000,
     ) -> None:
         self._follower = follower
+        self._batcher = batcher or Batcher()
         self._record = record
         self._capacity = capacity
         self._changed = threading.Condition()
@@ -106,28 +117,27 @@ class Router:
                 self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
                 self._thread.start()
 
-    def predict(self, request_id: UUID, images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
+    def predict(self, request_id: UUID, images: np.ndarray, client: str = "") -> tuple[LoadedModel, Answer]:
         """Answers one request.
 
         Args:
             request_id: decides, where a challenger gets a share of the traffic, whether this request is in it.
             images: uint8 (n, 32, 32, 3), n at least 1.
+            client: whose request it is; clients take turns where there is a line.
 
         Returns:
-            The model that answered, and its probabilities, float32 (n, 10). A canary that fails on the images does not
-            answer: the champion does.
+            The model that answered, and what it said. A canary that fails on the images does not answer: the champion
+            does.
 
         Raises:
-            ServiceUnavailable: when no champion is loaded.
+            ServiceUnavailable: when no champion is loaded; `Overloaded` where too many images wait.
             ModelInvalid: when the champion fails on these images.
         """
         champion = self._follower.current()
         canary = self._challenger_for(request_id, "canary")
-        if canary is not None and (answer := self._try(canary, images)) is not None:
-            return canary, answer
-        started = time.perf_counter()
-        probabilities = champion.engine.predict(images)
-        milliseconds = _milliseconds_since(started)
+        if canary is not None and (tried := self._try(canary, images, client)) is not None:
+            return canary, tried
+        answer = self._batcher.predict(champion.engine, images, client)
         shown = self._challenger_for(request_id, "mirror")
         if shown is not None and shown.version != champion.version:
             self._put(
@@ -135,13 +145,13 @@ class Router:
                     request_id=request_id,
                     answered_at=datetime.now(UTC),
                     champion_version=champion.version,
-                    champion_classes=probabilities.argmax(axis=1),
-                    champion_ms=milliseconds,
+                    champion_classes=answer.probabilities.argmax(axis=1),
+                    champion_ms=1000 * answer.computed * len(images) / answer.batch,
                     images=images,
                     challenger=shown,
                 )
             )
-        return champion, probabilities
+        return champion, answer
 
     def state(self) -> RouterState:
         """The counts at this moment."""
@@ -173,9 +183,11 @@ class Router:
         traffic = challenger.traffic
         return challenger.model if traffic.mode == mode and traffic.chooses(request_id) else None
 
-    def _try(self, canary: LoadedModel, images: np.ndarray) -> np.ndarray | None:
+    def _try(self, canary: LoadedModel, images: np.ndarray, client: str) -> Answer | None:
         try:
-            answer = canary.engine.predict(images)
+            answer = self._batcher.predict(canary.engine, images, client)
+        except Overloaded:
+            raise  # of the server, not of the canary: the champion has no more time
         except Exception as error:  # noqa: BLE001 - however a canary fails, the champion answers
             self._tell_once(canary, error)
             self._count(canary.version, failed=len(images))
@@ -198,50 +210,63 @@ class Router:
         self._count(item.challenger.version, dropped=len(item.images))
 
     def _run(self) -> None:
-        while (item := self._next()) is not None:
+        while items := self._next():
             try:
-                self._show(item)
+                self._show(items)
             except Exception:
                 # A thread that dies unseen would never mirror again.
-                logger.exception("A request was not mirrored")
+                logger.exception("%d requests were not mirrored", len(items))
             finally:
                 with self._changed:
-                    self._queued -= len(item.images)
+                    self._queued -= sum(len(item.images) for item in items)
                     self._changed.notify_all()
 
-    def _show(self, item: _Waiting) -> None:
-        mirrored = self._mirror(item)
-        n = len(item.images)
-        failed = n if mirrored.failure is not None else 0
-        self._count(item.challenger.version, mirrored=n, disagreed=mirrored.disagreements, failed=failed)
-        self._record(mirrored)
-
-    def _next(self) -> _Waiting | None:
-        """Waits for a request to mirror; None when the router is closed."""
+    def _next(self) -> list[_Waiting]:
+        """Waits for requests to mirror, and takes as many as fit into a batch; empty when the router is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
-            return self._queue.popleft() if self._queue else None
+            items: list[_Waiting] = []
+            room = LONGEST_BATCH
+            while self._queue and (not items or len(self._queue[0].images) <= room):
+                if items and self._queue[0].challenger is not items[0].challenger:
+                    break
+                items.append(self._queue.popleft())
+                room -= len(items[-1].images)
+            return items
 
-    def _mirror(self, item: _Waiting) -> Mirrored:
-        probabilities, milliseconds, failure = None, None, None
-        started = time.perf_counter()
+    def _show(self, items: list[_Waiting]) -> None:
+        challenger = items[0].challenger
         try:
-            probabilities = item.challenger.engine.predict(item.images)
-            milliseconds = _milliseconds_since(started)
+            answer = self._ask(challenger, items)
+        except Overloaded:
+            self._count(challenger.version, dropped=sum(len(item.images) for item in items))
+            return
         except Exception as error:  # noqa: BLE001 - that it fails, however it does, is what mirroring is to find out
-            self._tell_once(item.challenger, error)
+            if len(items) > 1:  # on which of them?
+                for item in items:
+                    self._show([item])
+                return
+            self._tell_once(challenger, error)
             failure = error.message if isinstance(error, CifarError) else f"{type(error).__name__}: {error}"
-        return Mirrored(
-            request_id=item.request_id,
-            created_at=item.answered_at,
-            champion_version=item.champion_version,
-            challenger_version=item.challenger.version,
-            champion_classes=item.champion_classes,
-            champion_ms=item.champion_ms,
-            probabilities=probabilities,
-            challenger_ms=milliseconds,
-            failure=failure,
-        )
+            self._keep(_mirrored(items[0], None, None, failure))
+            return
+        each = 1000 * answer.computed / answer.batch
+        start = 0
+        for item in items:
+            rows = answer.probabilities[start : start + len(item.images)]
+            self._keep(_mirrored(item, rows, each * len(rows), None))
+            start += len(rows)
+
+    def _ask(self, challenger: LoadedModel, items: list[_Waiting]) -> Answer:
+        # As one client more, who takes turns with those who wait for an answer.
+        images = np.concatenate([item.images for item in items])
+        return self._batcher.predict(challenger.engine, images, _MIRROR)
+
+    def _keep(self, mirrored: Mirrored) -> None:
+        n = len(mirrored.champion_classes)
+        failed = n if mirrored.failure is not None else 0
+        self._count(mirrored.challenger_version, mirrored=n, disagreed=mirrored.disagreements, failed=failed)
+        self._record(mirrored)
 
     def _count(self, version: int, **images: int) -> None:
         with self._changed:
@@ -256,5 +281,17 @@ class Router:
             logger.warning("Challenger version %d fails: %s Told once; see its counts.", challenger.version, error)
 
 
-def _milliseconds_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000
+def _mirrored(
+    item: _Waiting, probabilities: np.ndarray | None, milliseconds: float | None, failure: str | None
+) -> Mirrored:
+    return Mirrored(
+        request_id=item.request_id,
+        created_at=item.answered_at,
+        champion_version=item.champion_version,
+        challenger_version=item.challenger.version,
+        champion_classes=item.champion_classes,
+        champion_ms=item.champion_ms,
+        probabilities=probabilities,
+        challenger_ms=milliseconds,
+        failure=failure,
+    )
