@@ -7,6 +7,7 @@ from deploy.server.access import Gate, check_exposure
 from deploy.server.bodies import MAX_BODY_BYTES
 from deploy.server.metrics import HasLogState, ServerMetrics
 from deploy.server.predictions import Log
+from ml.serving.batcher import Batcher
 from ml.serving.router import Follower, Router
 from ml.settings import Settings
 
@@ -16,6 +17,7 @@ def create_app(
     *,
     follower: Follower,
     log: Log,
+    batcher: Batcher | None = None,
     router: Router | None = None,
     shadows: HasLogState | None = None,
 ) -> Flask:
@@ -25,6 +27,7 @@ def create_app(
         settings: keys and address.
         follower: gives the model that answers.
         log: takes predictions and feedback.
+        batcher: predicts the images of several requests together; where none is given, one of its own.
         router: answers by `follower`'s models; where none is given, one that keeps nothing of what it mirrors.
         shadows: the log that `router` records in, for its figures.
 
@@ -39,8 +42,9 @@ def create_app(
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # no redirects: //v1/predict is nothing
     gate = Gate(settings)
-    router = router or Router(follower)
-    metrics = ServerMetrics(follower, router, log, shadows)
+    batcher = batcher or Batcher()
+    router = router or Router(follower, batcher)
+    metrics = ServerMetrics(follower, batcher, router, log, shadows)
     request_context.register(app, metrics, settings)
     problems.register(app)
     app.register_blueprint(predictions.blueprint(follower, router, log, gate, metrics))

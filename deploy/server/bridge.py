@@ -23,7 +23,7 @@ from uuid import uuid4
 logger = logging.getLogger(__name__)
 
 Headers = list[tuple[str, str]]
-Wsgi = Callable[[dict[str, Any], Callable[..., object]], Iterable[bytes]]
+Wsgi = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 _SWEEP_EVERY = 0.5
 
@@ -226,7 +226,7 @@ class Bridge:
 def _called(app: Wsgi, environ: dict[str, Any]) -> tuple[int, Headers, bytes]:
     status, headers = 500, []
 
-    def start_response(line: str, given: Headers, exc_info: object = None) -> None:
+    def start_response(line: str, given: Headers, exc_info: object = None) -> None:  # noqa: ARG001 - by PEP 3333
         nonlocal status, headers
         status, headers = int(line[:3]), given
 

@@ -1,6 +1,7 @@
 """Figures for Prometheus. One registry per app, so that two apps in one process do not mix."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -8,10 +9,19 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from ml.datasets.labels import CLASS_NAMES
 from ml.monitoring.batch_writer import LogState
+from ml.serving.batcher import BatcherState
 from ml.serving.hot_swap import Challenger, FollowerState
 from ml.serving.router import RouterState
 
+_STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class Timed(Protocol):
+    """As `deploy.server.request_context.Stage`: a part of a request, and the seconds it took."""
+
+    name: str
+    seconds: float
 
 
 class HasFollowerState(Protocol):
@@ -28,6 +38,13 @@ class HasLogState(Protocol):
         """Its counts."""
 
 
+class HasBatcherState(Protocol):
+    """As `ml.serving.batcher.Batcher`."""
+
+    def state(self) -> BatcherState:
+        """Its counts."""
+
+
 class HasRouterState(Protocol):
     """As `ml.serving.router.Router`."""
 
@@ -36,10 +53,15 @@ class HasRouterState(Protocol):
 
 
 class ServerMetrics:
-    """Counts requests and predictions; asks follower, router and logs for theirs when it is scraped."""
+    """Counts requests and predictions; asks follower, batcher, router and logs for theirs when it is scraped."""
 
     def __init__(
-        self, follower: HasFollowerState, router: HasRouterState, log: HasLogState, shadows: HasLogState | None
+        self,
+        follower: HasFollowerState,
+        batcher: HasBatcherState,
+        router: HasRouterState,
+        log: HasLogState,
+        shadows: HasLogState | None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
@@ -55,18 +77,40 @@ class ServerMetrics:
         self._predictions = Counter(
             "cifar10_predictions", "Images predicted.", ["label", "version"], registry=self._registry
         )
+        self._stages = Histogram(
+            "cifar10_stage_duration_seconds",
+            "Parts of a request: decode, predict (of that: queue and engine), log.",
+            ["stage"],
+            buckets=_STAGE_BUCKETS,
+            registry=self._registry,
+        )
+        self._batches = Histogram(
+            "cifar10_batch_images",
+            "Images that were predicted together with one's own, the own included; one observation for each request.",
+            buckets=(1, 2, 4, 8, 16, 32),
+            registry=self._registry,
+        )
+        # Children by their labels: to find one costs more than to count in it, and most requests find the same.
+        self._requests_of = cache(self._requests.labels)
+        self._seconds_of = cache(self._seconds.labels)
+        self._stages_of = cache(self._stages.labels)
+        self._predictions_of = lru_cache(maxsize=1000)(self._predictions.labels)
         self._registry.register(_States(follower, log))
+        self._registry.register(_Queued(batcher))
         self._registry.register(_Challenged(follower, router, shadows))
 
-    def observe(self, route: str, method: str, status: int, seconds: float) -> None:
-        """One request answered."""
-        self._requests.labels(route, method, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+    def observe(self, route: str, method: str, status: int, seconds: float, stages: Iterable[Timed] = ()) -> None:
+        """One request answered, and the parts of it that were timed."""
+        self._requests_of(route, method, str(status)).inc()
+        self._seconds_of(route).observe(seconds)
+        for stage in stages:
+            self._stages_of(stage.name).observe(stage.seconds)
 
-    def predicted(self, class_ids: list[int], version: int) -> None:
-        """Images predicted by one version."""
+    def predicted(self, class_ids: list[int], version: int, batch: int) -> None:
+        """Images of one request predicted by one version, in a batch of that size."""
+        self._batches.observe(batch)
         for class_id in class_ids:
-            self._predictions.labels(CLASS_NAMES[class_id], str(version)).inc()
+            self._predictions_of(CLASS_NAMES[class_id], str(version)).inc()
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -100,6 +144,32 @@ class _States:
             "cifar10_model_swap_failures", "Champions that could not be loaded.", value=follower.failed_swaps
         )
         yield from _log_figures("cifar10_prediction_log", log)
+
+
+class _Queued:
+    """A collector: what waits for the engine."""
+
+    def __init__(self, batcher: HasBatcherState) -> None:
+        self._batcher = batcher
+
+    def describe(self) -> list[Metric]:
+        """Nothing: keeps prometheus_client from collecting at registration."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures."""
+        state = self._batcher.state()
+        yield GaugeMetricFamily("cifar10_queue_images", "Images that wait for the engine.", value=state.queued)
+        yield GaugeMetricFamily("cifar10_lanes_busy", "Cores that predict.", value=state.running)
+        yield GaugeMetricFamily(
+            "cifar10_seconds_per_image", "Of all cores together, of late: a queue's length in time.", value=state.pace
+        )
+        refused = CounterMetricFamily(
+            "cifar10_refused_requests", "Requests refused with 503, as too many waited.", labels=["reason"]
+        )
+        for reason, count in state.refused.items():
+            refused.add_metric([reason], count)
+        yield refused
 
 
 class _Challenged:

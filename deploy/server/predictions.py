@@ -51,10 +51,15 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
     def predict_and_log(images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
         gate.charge(len(images))
         with Stage("predict") as predicting:
-            model, probabilities = router.predict(g.request_id, images)
-            predicting.attributes = {"cifar10.model.version": model.version, "cifar10.batch.size": len(images)}
+            model, answer = router.predict(g.request_id, images, g.caller.name)
+            predicting.attributes = {"cifar10.model.version": model.version, "cifar10.batch.size": answer.batch}
+        probabilities = answer.probabilities
         g.images = len(images)
-        metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version)
+        metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version, answer.batch)
+        # Within the stage before: of its time, that in line and that in the engine.
+        computing = predicting.started + predicting.seconds - answer.computed
+        g.stages.append(Stage("queue", computing - answer.waited, answer.waited))
+        g.stages.append(Stage("engine", computing, answer.computed))
         with Stage("log"):
             log.append(
                 LoggedPrediction(

@@ -77,7 +77,7 @@ def register(app: Flask, metrics: ServerMetrics, settings: Settings) -> None:
         route = request.url_rule.rule if request.url_rule else "unmatched"
         method, status = request.method, response.status_code
         seconds = time.perf_counter() - g.started
-        metrics.observe(route, method, status, seconds)
+        metrics.observe(route, method, status, seconds, g.stages)
         response.headers["X-Request-ID"] = str(g.request_id)
         if not route.startswith("/static"):
             response.headers.setdefault("Cache-Control", "no-store")

@@ -1,22 +1,27 @@
 """The server with a folder in the registry's place, and a log in memory, for tests and for a look without a stack.
 
-`gunicorn --threads 8 -k gthread 'deploy.server.testing:app_of("/folder")'` serves what `FolderSource.crown` put there.
+`python -m deploy.server.testing FOLDER PORT` serves what `FolderSource.crown` put there.
 """
 
 import logging.config
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
 from flask import Flask
 
+from deploy.server.__main__ import listen
 from deploy.server.app import create_app
+from deploy.server.bodies import MAX_BODY_BYTES
+from deploy.server.bridge import Bridge
 from deploy.server.json_logging import logging_config
 from ml.errors import DatabaseUnavailable, PredictionNotFound
 from ml.monitoring.batch_writer import LogState
 from ml.monitoring.prediction_log import LoggedPrediction
-from ml.serving.engine import Engine
-from ml.serving.hot_swap import ChampionFollower, Predictor
+from ml.serving.engine import Predictor, ServingEngine
+from ml.serving.hot_swap import ChampionFollower
 from ml.serving.router import Router
 from ml.serving.testing import FolderSource
 from ml.settings import Settings
@@ -67,7 +72,7 @@ class MemoryShadows:
         return LogState(0, sum(len(item.champion_classes) for item in self.mirrored), 0, database_ok=True)
 
 
-def app_of(folder: str, load: Callable[[Path], Predictor] = Engine) -> Flask:
+def app_of(folder: str, load: Callable[[Path], Predictor] = ServingEngine) -> Flask:
     """An app that follows champion and challenger in `folder`, looking twenty times a second."""
     logging.config.dictConfig(logging_config())
     settings = Settings(_env_file=None)  # type: ignore[call-arg]
@@ -78,3 +83,13 @@ def app_of(folder: str, load: Callable[[Path], Predictor] = Engine) -> Flask:
     router.start()
     follower.start()
     return app
+
+
+def serve_folder() -> Bridge:
+    """What the worker loads: the folder is named in the environment."""
+    return Bridge(app_of(os.environ["SERVED_FOLDER"]), longest_body=MAX_BODY_BYTES)
+
+
+if __name__ == "__main__":
+    os.environ["SERVED_FOLDER"] = sys.argv[1]
+    listen("deploy.server.testing:serve_folder", "127.0.0.1", int(sys.argv[2]), factory=True)

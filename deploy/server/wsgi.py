@@ -33,9 +33,7 @@ _follower = ChampionFollower(
 )
 _batcher = Batcher(lanes=_settings.prediction_cores, deadline=_settings.prediction_deadline_seconds)
 _router = Router(_follower, _batcher, record=_shadows.append)
-app = create_app(
-    _settings, follower=_follower, log=_log, batcher=_batcher, router=_router, shadows=_shadows
-)
+app = create_app(_settings, follower=_follower, log=_log, batcher=_batcher, router=_router, shadows=_shadows)
 
 
 def _end() -> None:
