@@ -28,6 +28,10 @@ from ml.settings import Settings
 from ml.traffic import Mirrored
 
 
+FOLDER = "SERVED_FOLDER"
+"""The environment's word for the folder."""
+
+
 class MemoryLog:
     """Keeps predictions and feedback in lists. Set `away` to play a database that is gone."""
 
@@ -85,11 +89,11 @@ def app_of(folder: str, load: Callable[[Path], Predictor] = ServingEngine) -> Fl
     return app
 
 
-def serve_folder() -> Bridge:
+def serve_folder(load: Callable[[Path], Predictor] = ServingEngine) -> Bridge:
     """What the worker loads: the folder is named in the environment."""
-    return Bridge(app_of(os.environ["SERVED_FOLDER"]), longest_body=MAX_BODY_BYTES)
+    return Bridge(app_of(os.environ[FOLDER], load), longest_body=MAX_BODY_BYTES)
 
 
 if __name__ == "__main__":
-    os.environ["SERVED_FOLDER"] = sys.argv[1]
+    os.environ[FOLDER] = sys.argv[1]
     listen("deploy.server.testing:serve_folder", "127.0.0.1", int(sys.argv[2]), factory=True)

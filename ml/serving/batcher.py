@@ -82,7 +82,7 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of a request that fit into one batch; a whole request in most cases."""
+    """Rows of a request that are predicted in one go: `_QUANTUM` at most, so that turns are of the same length."""
 
     request: _Request
     images: np.ndarray
@@ -190,10 +190,10 @@ class Batcher:
         if line is None:
             line = self._lines[client] = _Line()
             self._turns.append(client)
-        starts = range(0, n, LONGEST_BATCH)
+        starts = range(0, n, _QUANTUM)
         request = _Request(engine, client, np.empty((n, NUM_CLASSES), np.float32), time.perf_counter(), len(starts))
         request.done.acquire()
-        line.pieces.extend(_Piece(request, images[start : start + LONGEST_BATCH], start) for start in starts)
+        line.pieces.extend(_Piece(request, images[start : start + _QUANTUM], start) for start in starts)
         line.images += n
         self._queued += n
         if not self._threads:
@@ -274,7 +274,7 @@ class Batcher:
         return self._queued > 0 and self._running < self._lanes
 
     def _take(self, most: int) -> list[_Piece]:
-        """The next pieces, of one model, `most` images together or one piece of more."""
+        """The next pieces, of one model: at most so many images together, but one piece at least."""
         batch: list[_Piece] = []
         room, passed = most, 0
         while self._turns and room > 0 and passed < len(self._turns):

@@ -66,6 +66,8 @@ def decode_images(files: Sequence[EncodedImage]) -> np.ndarray:
         InputInvalid: no image at all.
     """
     _check_count(len(files))
+    if len(files) == 1 and (pixels := _as_it_is(files[0])) is not None:
+        return pixels[None]
     opened = []
     for index, file in enumerate(files):
         with _naming(index, len(files)):
@@ -191,6 +193,41 @@ def _naming(index: int, count: int) -> Iterator[None]:
         if count == 1:
             raise
         raise type(error)(f"Image {index}: {error.message}", fix=error.fix) from error
+
+
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", IMAGE_SIDE, IMAGE_SIDE, 8, 2, 0, 0, 0)
+"""How a PNG of 32x32 begins that holds plain RGB and is not interlaced."""
+_WITHOUT_EFFECT = {b"pHYs", b"tIME", b"tEXt", b"sBIT"}
+"""Chunks beside the pixels that change nothing of them."""
+
+
+def _as_it_is(file: EncodedImage) -> np.ndarray | None:
+    """The pixels of a PNG that needs nothing but to be unpacked; None of any other file, which is then looked at.
+
+    That is what most callers of a model of 32x32 send, and reading it so takes a third of the time. Pillow's own
+    decoder unpacks it; whatever is odd about the file is left to Pillow's reader and its errors.
+    """
+    data = file.data
+    if file.content_type not in ("image/png", None) or not data.startswith(_PNG_HEAD):
+        return None
+    packed, at = [], 8
+    while (kind := data[at + 4 : at + 8]) != b"IEND":
+        size = int.from_bytes(data[at : at + 4])
+        following = at + 12 + size
+        if following > len(data) or zlib.crc32(data[at + 4 : following - 4]) != int.from_bytes(
+            data[following - 4 : following]
+        ):
+            return None
+        if kind == b"IDAT":
+            packed.append(data[at + 8 : following - 4])
+        elif kind not in _WITHOUT_EFFECT and at > 8:
+            return None
+        at = following
+    try:
+        image = Image.frombytes("RGB", (IMAGE_SIDE, IMAGE_SIDE), b"".join(packed), "zip", "RGB", False)
+    except _BROKEN:
+        return None
+    return np.asarray(image)
 
 
 def _open(file: EncodedImage) -> Image.Image:

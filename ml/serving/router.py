@@ -24,8 +24,8 @@ from ml.traffic import Mirrored, Mode
 
 logger = logging.getLogger(__name__)
 
-_MIRROR = "the mirror"
-"""A client's name that no caller can have: it has a blank."""
+_TRIAL_SECONDS = 1.0
+"""A canary that is slower does not answer: the champion does."""
 
 
 class Follower(Protocol):
@@ -85,6 +85,7 @@ class Router:
     Args:
         follower: gives the champion, and the challenger while traffic is meant for it.
         batcher: predicts the images of several requests together.
+        trial: the same for the challenger: one that is slow fills its own line, and none of the champion's.
         record: is handed each mirrored request, on the background thread; must not wait.
         capacity: images that wait to be mirrored at most; an image is 3.1 kB. What does not fit is dropped and counted.
     """
@@ -94,11 +95,13 @@ class Router:
         follower: Follower,
         batcher: Batcher | None = None,
         *,
+        trial: Batcher | None = None,
         record: Callable[[Mirrored], object] = _keep_nothing,
         capacity: int = 1000,
     ) -> None:
         self._follower = follower
         self._batcher = batcher or Batcher()
+        self._trial = trial or Batcher(lanes=1, deadline=_TRIAL_SECONDS)
         self._record = record
         self._capacity = capacity
         self._changed = threading.Condition()
@@ -185,9 +188,7 @@ class Router:
 
     def _try(self, canary: LoadedModel, images: np.ndarray, client: str) -> Answer | None:
         try:
-            answer = self._batcher.predict(canary.engine, images, client)
-        except Overloaded:
-            raise  # of the server, not of the canary: the champion has no more time
+            answer = self._trial.predict(canary.engine, images, client)
         except Exception as error:  # noqa: BLE001 - however a canary fails, the champion answers
             self._tell_once(canary, error)
             self._count(canary.version, failed=len(images))
@@ -258,15 +259,17 @@ class Router:
             start += len(rows)
 
     def _ask(self, challenger: LoadedModel, items: list[_Waiting]) -> Answer:
-        # As one client more, who takes turns with those who wait for an answer.
         images = np.concatenate([item.images for item in items])
-        return self._batcher.predict(challenger.engine, images, _MIRROR)
+        return self._trial.predict(challenger.engine, images)
 
     def _keep(self, mirrored: Mirrored) -> None:
         n = len(mirrored.champion_classes)
         failed = n if mirrored.failure is not None else 0
         self._count(mirrored.challenger_version, mirrored=n, disagreed=mirrored.disagreements, failed=failed)
-        self._record(mirrored)
+        try:
+            self._record(mirrored)
+        except Exception:
+            logger.exception("A mirrored request was not kept")  # the others of its batch are
 
     def _count(self, version: int, **images: int) -> None:
         with self._changed:

@@ -163,10 +163,7 @@ def units(settings: Settings, secrets: Secrets) -> list[Unit]:
         ),
         Service(
             name="prediction-server",
-            command=(
-                *(*_module("gunicorn"), "--config", str(PROJECT_ROOT / "deploy/server/gunicorn.conf.py")),
-                "deploy.server.wsgi:app",
-            ),
+            command=_module("deploy.server"),
             environment=base,
             log=log / "prediction-server.log",
             ready=lambda: _answers(f"{addresses['predictions']}/healthz"),

@@ -1,8 +1,6 @@
-"""A real gunicorn, hammered while its champion changes: no failed request, and no reply of two models at once."""
+"""A real server process, hammered while its champion changes: no failed request, and no reply of two models at once."""
 
 import signal
-import subprocess
-import sys
 import threading
 
 import httpx
@@ -10,8 +8,9 @@ import numpy as np
 import pytest
 
 from ml.serving.testing import FolderSource
-from tests.conftest import free_port, stop, wait_until
+from tests.conftest import wait_until
 from tests.hammering import Tally, hammer, hammered
+from tests.server_process import FOLDER_SERVER, serving_folder
 from tests.tiny_models import PIXELS, always, make_onnx
 
 CLASS_OF = {1: 2, 2: 5, 3: 7, 4: 0, 5: 9}
@@ -19,41 +18,19 @@ CLASS_OF = {1: 2, 2: 5, 3: 7, 4: 0, 5: 9}
 
 
 @pytest.fixture
-def app():
-    return "deploy.server.testing:app_of"
+def target():
+    return FOLDER_SERVER
 
 
 @pytest.fixture
-def server(tmp_path, app):
+def server(tmp_path, target):
     folder = tmp_path / "registry"
     folder.mkdir()
     for version, class_id in CLASS_OF.items():
         make_onnx(tmp_path / f"{version}.onnx", **always(class_id, confidence=0.5 + version / 20))
     FolderSource(folder).crown(tmp_path / "1.onnx", 1)
-    port = free_port()
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "8"),
-                *("--no-control-socket", "--bind", f"127.0.0.1:{port}", f'{app}("{folder}")'),
-            ],
-            process_group=0,
-            stdout=log,
-            stderr=log,
-        )
-    url = f"http://127.0.0.1:{port}"
-
-    def ready():
-        try:
-            return httpx.get(f"{url}/readyz", timeout=2).is_success
-        except httpx.TransportError:
-            return False
-
-    try:
-        wait_until(ready, seconds=60, what=f"gunicorn ({tmp_path / 'server.log'})")
-        yield process, url
-    finally:
-        stop(process)
+    with serving_folder(folder, tmp_path / "server.log", target) as running:
+        yield running
 
 
 def test_champions_change_under_load_without_a_failed_request(server, tmp_path):
@@ -105,7 +82,7 @@ def test_a_server_told_to_end_answers_what_it_has_begun(server):
     assert all("Connect" in failure or "disconnected" in failure for failure in tally.failures)
 
 
-@pytest.mark.parametrize("app", ["tests.slow_app:app_of"])
+@pytest.mark.parametrize("target", ["tests.slow_app:serve_folder"])
 def test_a_challenger_under_load_costs_nobody_an_answer(server, tmp_path):
     """One that fails on every image, one that is slower than the traffic, then a good one as a canary."""
     _, url = server

@@ -1,4 +1,4 @@
-"""The server as it is deployed: gunicorn, its settings file, the composition root, PostgreSQL and MLflow's client."""
+"""The server as it is deployed: its supervisor, the composition root, PostgreSQL and MLflow's client."""
 
 import io
 import json
@@ -35,10 +35,7 @@ def environment(tmp_path, **more):
 
 
 def command():
-    return [
-        *(sys.executable, "-m", "gunicorn", "-c", str(PROJECT_ROOT / "deploy/server/gunicorn.conf.py")),
-        "deploy.server.wsgi:app",
-    ]
+    return [sys.executable, "-m", "deploy.server"]
 
 
 @contextmanager
@@ -226,13 +223,7 @@ def python(script):
 
 def test_the_parent_process_does_not_load_onnx_runtime():
     """It would start a thread before the fork, and a worker would hang at its exit."""
-    script = (
-        "import sys, runpy, pathlib; from ml.settings import PROJECT_ROOT;"
-        "conf = runpy.run_path(str(PROJECT_ROOT / 'deploy/server/gunicorn.conf.py'));"
-        "print(conf['preload_app'], 'onnxruntime' in sys.modules)"
-    )
-    os_environ = "import os; os.environ['MLOPS_DATABASE_URL'] = 'postgresql://x';"
-    assert python(os_environ + script) == "False False"
+    assert python("import sys, deploy.server.__main__; print('onnxruntime' in sys.modules)") == "False"
 
 
 def test_the_server_works_where_nothing_but_its_own_set_is_installed():

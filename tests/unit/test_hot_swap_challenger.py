@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ml.errors import RegistryError, RegistryUnavailable, StorageError
-from ml.serving.engine import Engine
+from ml.serving.engine import ServingEngine
 from ml.serving.hot_swap import ChampionFollower
 from ml.serving.testing import FolderSource
 from tests.tiny_models import always, make_onnx
@@ -32,7 +32,7 @@ class Stage:
 
     def load(self, path):
         self.loaded.append(int(path.stem))
-        return Engine(path, threads=1)
+        return ServingEngine(path, cores=1)
 
     def model(self, version):
         return make_onnx(self.folder / f"{version}.onnx", **always(version))
