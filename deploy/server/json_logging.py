@@ -1,6 +1,6 @@
 """Log lines as JSON on stderr, each with the id of the request that it belongs to.
 
-Light to import: gunicorn's parent process reads it before it forks, and must not have loaded ONNX Runtime then.
+Light to import: the server's supervisor reads it before it forks, and must not have loaded ONNX Runtime then.
 """
 
 import json
@@ -43,7 +43,7 @@ class JsonLines(logging.Formatter):
 
 
 def logging_config(level: str = "INFO") -> dict[str, object]:
-    """For `logging.config.dictConfig` and gunicorn's `logconfig_dict`: everything on stderr as JSON lines."""
+    """For `logging.config.dictConfig`, here and in granian: everything on stderr as JSON lines."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -51,9 +51,6 @@ def logging_config(level: str = "INFO") -> dict[str, object]:
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
         "root": {"level": level, "handlers": ["stderr"]},
         "loggers": {
-            # gunicorn's own access log would say what ours says; its error log goes the common way.
-            "gunicorn.error": {"level": level, "handlers": [], "propagate": True},
-            "gunicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
             "httpx": {"level": "WARNING"},
             "urllib3": {"level": "ERROR"},  # its retries are told by the follower, once
         },

@@ -21,6 +21,7 @@ from ml.errors import (
     PredictionNotFound,
     ServiceUnavailable,
 )
+from ml.serving.batcher import Overloaded
 from ml.serving.decoding import MAX_IMAGES
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def _from_ours(error: CifarError) -> Response:
         logger.warning("%s", error)
         detail = "The prediction log cannot be reached, so nothing was kept. Send it again in a few seconds."
     response = problem(status, title, detail, kind=_dashed(kind.__name__))
-    if isinstance(error, RateLimited):
+    if isinstance(error, (RateLimited, Overloaded)):
         response.headers["Retry-After"] = str(error.retry_after)
     return response
 

@@ -27,7 +27,6 @@ from ml.serving.testing import FolderSource
 from ml.settings import Settings
 from ml.traffic import Mirrored
 
-
 FOLDER = "SERVED_FOLDER"
 """The environment's word for the folder."""
 

@@ -121,8 +121,7 @@ def print_csv(found: dict[str, Any]) -> None:
 
 def _key(settings: Settings, file: Path | None) -> str | None:
     if file is None:
-        keys = settings.prediction_api_keys
-        return keys[0].get_secret_value() if keys else None
+        return settings.own_api_key
     try:
         key = file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

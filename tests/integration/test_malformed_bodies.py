@@ -5,8 +5,6 @@ import io
 import json
 import random
 import re
-import subprocess
-import sys
 
 import httpx
 import numpy as np
@@ -15,8 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ml.serving.testing import FolderSource
-from tests.conftest import free_port, stop, wait_until
 from tests.served_app import OTHER, PIXELS, Served, b64, encoded
+from tests.server_process import serving_folder
 from tests.tiny_models import make_onnx
 
 NOISE = np.random.default_rng(1).integers(0, 256, (48, 40, 3), dtype=np.uint8)
@@ -173,47 +171,24 @@ def test_over_real_http_they_are_refused_and_the_same_process_goes_on(tmp_path):
     folder = tmp_path / "registry"
     folder.mkdir()
     FolderSource(folder).crown(make_onnx(tmp_path / "1.onnx"), 1)
-    url = f"http://127.0.0.1:{free_port()}"
     log = tmp_path / "server.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "gunicorn", "--worker-class", "gthread", "--threads", "4"),
-                *("--no-control-socket", "--bind", url.removeprefix("http://")),
-                f'deploy.server.testing:app_of("{folder}")',
-            ],
-            process_group=0,
-            stdout=stream,
-            stderr=stream,
-        )
     rng = random.Random(7)
     statuses = collections.Counter()
-    try:
-        with httpx.Client(base_url=url, timeout=20) as client:
-            wait_until(lambda: is_ready(client), seconds=60, what=f"gunicorn ({log})")
-            for i in range(300):
-                kind, body = rng.choice(SEEDS)
-                sent = damaged(rng, body)
-                # Every third in chunks, of which nobody says beforehand how long they are together.
-                content = iter([sent[:100], sent[100:]]) if i % 3 == 0 else sent
-                reply = client.post("/v1/predict", content=content, headers={"Content-Type": kind})
-                statuses[reply.status_code] += 1
-                assert reply.status_code == 200 or reply.headers["Content-Type"] == "application/problem+json"
-            good = client.post("/v1/predict", content=IMAGES[0][1], headers={"Content-Type": "image/png"})
-            assert good.status_code == 200
-    finally:
-        stop(process)
+    with serving_folder(folder, log) as (_, url), httpx.Client(base_url=url, timeout=20) as client:
+        for i in range(300):
+            kind, body = rng.choice(SEEDS)
+            sent = damaged(rng, body)
+            # Every third in chunks, of which nobody says beforehand how long they are together.
+            content = iter([sent[:100], sent[100:]]) if i % 3 == 0 else sent
+            reply = client.post("/v1/predict", content=content, headers={"Content-Type": kind})
+            statuses[reply.status_code] += 1
+            assert reply.status_code == 200 or reply.headers["Content-Type"] == "application/problem+json"
+        good = client.post("/v1/predict", content=IMAGES[0][1], headers={"Content-Type": "image/png"})
+        assert good.status_code == 200
     assert statuses[400] > 100
     assert set(statuses) <= {200, 400, 413, 415, 422}
-    assert log.read_text().count("Booting worker") == 1
+    assert log.read_text().count("Spawning worker") == 1
     assert "Traceback" not in log.read_text()
-
-
-def is_ready(client):
-    try:
-        return client.get("/readyz").is_success
-    except httpx.TransportError:
-        return False
 
 
 VALUES = st.recursive(

@@ -145,7 +145,7 @@ def the_server_has_time_to_end(m: Manifests) -> Iterator[str]:
         yield f"preStop is {command}: the Service still sends requests to a server that has closed its port"
     follower, shadows = 1, 2  # to join the one's thread; to write the other, and to join its thread
     flush = 2 * _timeout(PredictionLog.close) + _timeout(Router.close) + follower + shadows
-    needed = pause + _gunicorn("graceful_timeout") + flush
+    needed = pause + _supervisor("END_SECONDS") + flush
     if pod.get("terminationGracePeriodSeconds", 30) <= needed:
         yield f"killed before the {needed:.0f} s are over that ending in order may take"
 
@@ -500,7 +500,7 @@ def test_the_commands_are_the_images_own():
     assert migrate["command"] == ["cifar10", "migrate"]
     assert "migrate" in {command.callback.__name__ for command in app.registered_commands}
     assert {"cifar10", *MANIFESTS.container("evidently-ui")["command"]} <= scripts
-    # gunicorn, as its image starts it.
+    # The server, as its image starts it.
     assert not {"command", "args"} & MANIFESTS.container(SERVER).keys()
 
 
@@ -569,12 +569,12 @@ def _environment(deployment: str, **secrets: str) -> dict[str, str]:
     return merged | secrets | {variable["name"]: variable["value"] for variable in container.get("env", [])}
 
 
-def _gunicorn(name: str) -> float:
-    """A setting of the server's gunicorn, read without running the file, which would ask for a database."""
-    for statement in ast.parse((ROOT / "deploy" / "server" / "gunicorn.conf.py").read_text()).body:
+def _supervisor(name: str) -> float:
+    """A setting of the server's supervisor, read without importing it: this needs none of its packages."""
+    for statement in ast.parse((ROOT / "deploy" / "server" / "__main__.py").read_text()).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             return float(ast.literal_eval(statement.value))
-    raise AssertionError(f"gunicorn.conf.py sets no {name}")
+    raise AssertionError(f"deploy/server/__main__.py sets no {name}")
 
 
 def _timeout(close: Callable[..., None]) -> float:
