@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     """Images per second that one caller gets; 0: as many as it asks for. A key's own limit stands above it."""
     api_keyless_hosts: Annotated[tuple[HostName, ...], NoDecode] = ()
     """Names under which a server whose port is published on loopback alone answers its neighbours without a key;
-    see `deploy.server.access`."""
+    see `deploy.server.exposure`."""
     api_host: str = "127.0.0.1"
     airflow_port: int = Field(8080, ge=1, le=65535)
     mlflow_port: int = Field(5000, ge=1, le=65535)

@@ -9,7 +9,7 @@ from granian import Granian
 from granian.constants import Interfaces
 from granian.http import HTTP1Settings
 
-from deploy.server.access import check_exposure
+from deploy.server.exposure import check_exposure
 from deploy.server.json_logging import logging_config
 from ml.errors import ConfigurationError
 from ml.settings import load_settings

@@ -1,15 +1,48 @@
 """The Flask app: puts the parts together and does no I/O. `wsgi.py` hands it parts that run."""
 
+from collections.abc import Callable
+from typing import Any
+
+import orjson
 from flask import Flask
+from flask.json.provider import JSONProvider
 
 from deploy.server import openapi, operations, page, predictions, problems, request_context
-from deploy.server.access import Gate, check_exposure
+from deploy.server.access import Gate
 from deploy.server.bodies import MAX_BODY_BYTES
+from deploy.server.exposure import check_exposure
 from deploy.server.metrics import HasLogState, ServerMetrics
 from deploy.server.predictions import Log
 from ml.serving.batcher import Batcher
 from ml.serving.router import Follower, Router
 from ml.settings import Settings
+
+
+class _Json(JSONProvider):
+    """JSON by orjson: a tenth of the standard library's time."""
+
+    def dumps(self, obj: Any, **_: Any) -> str:
+        """Text of it."""
+        return orjson.dumps(obj).decode()
+
+    def loads(self, s: str | bytes, **_: Any) -> Any:
+        """What the text says."""
+        return orjson.loads(s)
+
+    def response(self, *args: Any, **kwargs: Any) -> Any:
+        """A reply that holds it."""
+        said = orjson.dumps(self._prepare_response_obj(args, kwargs))
+        return self._app.response_class(said, mimetype="application/json")  # type: ignore[arg-type]
+
+
+class _Server(Flask):
+    """Flask without what this app has no use for."""
+
+    json_provider_class = _Json
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """As it is: no view here is asynchronous, so none need be asked whether it is."""
+        return func
 
 
 def create_app(
@@ -36,10 +69,9 @@ def create_app(
         LookupError: when a route is not described.
     """
     check_exposure(settings)
-    app = Flask("deploy.server", static_folder="static", template_folder="templates")
+    app = _Server("deploy.server", static_folder="static", template_folder="templates")
     # One more than is allowed, so that a body of unknown length that was cut off there can be told from a whole one.
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1
-    app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # no redirects: //v1/predict is nothing
     gate = Gate(settings)
     batcher = batcher or Batcher()

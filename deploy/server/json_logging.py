@@ -3,14 +3,16 @@
 Light to import: the server's supervisor reads it before it forks, and must not have loaded ONNX Runtime then.
 """
 
+import atexit
 import json
 import logging
+import logging.config
+import threading
 import time
+from typing import Any, TextIO
 
+import orjson
 from flask import g, has_request_context
-
-# json.dumps makes a new encoder for every line that is not all defaults.
-_encode = json.JSONEncoder(default=str).encode
 
 
 class JsonLines(logging.Formatter):
@@ -26,12 +28,15 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if has_request_context() and (request_id := g.get("request_id")):
-            line["request_id"] = str(request_id)
+        if has_request_context() and (here := g.get("visit")):
+            line["request_id"] = here.said_id
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return _encode(line)
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except orjson.JSONEncodeError:  # text that is no Unicode, such as the name of a file
+            return json.dumps(line, default=str)
 
     def _time(self, created: float) -> str:
         second, written = self._second
@@ -42,7 +47,55 @@ class JsonLines(logging.Formatter):
         return f"{written}.{int((created - second) * 1000):03d}+00:00"
 
 
-def logging_config(level: str = "INFO") -> dict[str, object]:
+class GatheredLines(logging.StreamHandler[TextIO]):
+    """Writes lines a few times a second, many at a time: at a thousand requests a second, one write for each would cost
+    as much as all the rest of logging. From a warning on, a line and those before it are written at once.
+    """
+
+    _EVERY = 0.2
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+        threading.Thread(target=self._write_now_and_then, name="log-lines", daemon=True).start()
+        atexit.register(self.flush)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps the line for a moment."""
+        try:
+            self._lines.append(f"{self.format(record)}\n")
+            if record.levelno >= logging.WARNING:
+                self.flush()
+        except Exception:  # noqa: BLE001 - as every handler of the standard library: logging fails nobody
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Writes what is kept."""
+        with self.lock or threading.RLock():
+            lines, self._lines = self._lines, []
+            if lines:
+                self.stream.write("".join(lines))
+            super().flush()
+
+    def _write_now_and_then(self) -> None:
+        while True:
+            time.sleep(self._EVERY)
+            if self._lines:
+                self.flush()
+
+
+def configure(level: str = "INFO") -> None:
+    """Makes it so in this process, and has no record look up what no line shows: threads, processes, source lines."""
+    wanted = logging_config(level)
+    wanted["handlers"]["stderr"]["class"] = "deploy.server.json_logging.GatheredLines"
+    logging.config.dictConfig(wanted)
+    logging.captureWarnings(True)
+    # Python's own advice for such a server (logging HOWTO, "Optimization").
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def logging_config(level: str = "INFO") -> dict[str, Any]:
     """For `logging.config.dictConfig`, here and in granian: everything on stderr as JSON lines."""
     return {
         "version": 1,

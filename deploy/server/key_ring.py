@@ -28,6 +28,10 @@ class Caller(NamedTuple):
     """Images per second; None: as the server's setting says."""
 
 
+NOBODY = Caller("")
+"""Whoever has not been looked at yet."""
+
+
 class KeyRing:
     """The callers by the hash of their key; thread-safe.
 

@@ -7,7 +7,7 @@ from typing import Final, Protocol
 from uuid import UUID
 
 import numpy as np
-from flask import Blueprint, Response, g, jsonify, request
+from flask import Blueprint, Response, jsonify, request
 from PIL import Image
 
 from deploy.server import messages
@@ -15,7 +15,7 @@ from deploy.server.access import Gate
 from deploy.server.bodies import check_query, images_of, json_of
 from deploy.server.metrics import ServerMetrics
 from deploy.server.openapi import Reply, describes
-from deploy.server.request_context import Stage
+from deploy.server.request_context import Visit, visit
 from ml.datasets.labels import CLASS_NAMES
 from ml.errors import InputInvalid
 from ml.monitoring.batch_writer import LogState
@@ -48,22 +48,22 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
     routes = Blueprint("predictions", __name__)
     routes.before_request(gate.enter_metered)
 
-    def predict_and_log(images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
-        gate.charge(len(images))
-        with Stage("predict") as predicting:
-            model, answer = router.predict(g.request_id, images, g.caller.name)
+    def predict_and_log(here: Visit, images: np.ndarray) -> tuple[LoadedModel, np.ndarray]:
+        gate.charge(here, len(images))
+        with here.stage("predict") as predicting:
+            model, answer = router.predict(here.request_id, images, here.caller.name)
             predicting.attributes = {"cifar10.model.version": model.version, "cifar10.batch.size": answer.batch}
         probabilities = answer.probabilities
-        g.images = len(images)
+        here.images = len(images)
         metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version, answer.batch)
         # Within the stage before: of its time, that in line and that in the engine.
         computing = predicting.started + predicting.seconds - answer.computed
-        g.stages.append(Stage("queue", computing - answer.waited, answer.waited))
-        g.stages.append(Stage("engine", computing, answer.computed))
-        with Stage("log"):
+        here.add_stage("queue", computing - answer.waited, answer.waited)
+        here.add_stage("engine", computing, answer.computed)
+        with here.stage("log"):
             log.append(
                 LoggedPrediction(
-                    request_id=g.request_id,
+                    request_id=here.request_id,
                     created_at=datetime.now(UTC),
                     model_name=model.name,
                     model_version=model.version,
@@ -86,14 +86,15 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
     def predict() -> Response:
         with_image = _wants_image()
         follower.current()  # no use reading ten megabytes when nothing can answer
-        with Stage("decode"):
+        here = visit()
+        with here.stage("decode"):
             images = images_of(request)
-        model, probabilities = predict_and_log(images)
+        model, probabilities = predict_and_log(here, images)
         predictions = [prediction_json(row) for row in probabilities]
         if with_image:
             for prediction, image in zip(predictions, images, strict=True):
                 prediction["image"] = _png(image)
-        said = messages.Predictions(request_id=str(g.request_id), model=model_json(model), predictions=predictions)
+        said = messages.Predictions(request_id=here.said_id, model=model_json(model), predictions=predictions)
         return jsonify(said)
 
     @routes.post("/invocations")
@@ -107,9 +108,10 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
     def invocations() -> Response:
         check_query(request)
         follower.current()
-        with Stage("decode"):
+        here = visit()
+        with here.stage("decode"):
             images = images_from_mlflow(json_of(request))
-        _, probabilities = predict_and_log(images)
+        _, probabilities = predict_and_log(here, images)
         return jsonify(messages.MlflowPredictions(predictions=probabilities.tolist()))
 
     @routes.post("/v1/feedback")
@@ -125,7 +127,7 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
     def feedback() -> tuple[Response, int]:
         check_query(request)
         request_id, index, label = _feedback_of(json_of(request))
-        gate.charge(1)
+        gate.charge(visit(), 1)
         created = log.record_feedback(request_id, index, CLASS_NAMES.index(label))
         said = messages.FeedbackKept(request_id=str(request_id), index=index, label=label)
         return jsonify(said), 201 if created else 200

@@ -7,9 +7,10 @@ is told in general words here and in full in the log, under the same request id.
 import logging
 from http import HTTPStatus
 
-from flask import Flask, Response, g, json
+from flask import Flask, Response, json
 from werkzeug.exceptions import HTTPException
 
+from deploy.server.request_context import visit
 from ml.errors import (
     CifarError,
     DatabaseUnavailable,
@@ -68,13 +69,14 @@ _HTTP_FIXES = {
 
 def problem(status: int, title: str, detail: str, *, kind: str) -> Response:
     """A problem document as a response."""
+    said_id = visit().said_id
     body = {
         "type": f"urn:cifar10:problem:{kind}",
         "title": title,
         "status": status,
         "detail": detail,
-        "instance": f"urn:uuid:{g.request_id}",
-        "request_id": str(g.request_id),
+        "instance": f"urn:uuid:{said_id}",
+        "request_id": said_id,
     }
     response = Response(json.dumps(body), status, content_type=CONTENT_TYPE)
     if status == 503:

@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 from flask import Flask, Response, g, request
 
+from deploy.server.key_ring import NOBODY
 from deploy.server.metrics import ServerMetrics
 from ml.settings import Settings
 
@@ -29,20 +30,25 @@ HEADERS = (
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Permissions-Policy", "camera=(), microphone=(), geolocation=()"),
 )
+_HEADERS_OF_WHAT_CHANGES = (*HEADERS, ("Cache-Control", "no-store"))
+_SAID_ID = "cifar10.request_id"
 _QUIET_ROUTES = {"/healthz", "/readyz", "/ping", "/metrics"}
 
 
 class Stage:
-    """A part of a request, timed: `with Stage("decode"):`. The log's line and the request's trace then have it."""
+    """A part of a request, timed: `with visit.stage("decode"):`. The log's line and the request's trace then have it.
 
-    __slots__ = ("attributes", "name", "seconds", "started")
+    `started` is on `time.perf_counter`'s clock, in seconds as `seconds`.
+    """
 
-    def __init__(self, name: str, started: float = 0.0, seconds: float = 0.0, **attributes: str | int | float) -> None:
-        """One that was timed elsewhere goes into `g.stages`, with its start on `time.perf_counter`'s clock."""
+    __slots__ = ("_stages", "attributes", "name", "seconds", "started")
+
+    def __init__(self, name: str, stages: "list[Stage]", started: float = 0.0, seconds: float = 0.0) -> None:
         self.name = name
         self.started = started
         self.seconds = seconds
-        self.attributes = attributes
+        self.attributes: dict[str, str | int | float] = {}
+        self._stages = stages
 
     def __enter__(self) -> "Stage":
         self.started = time.perf_counter()
@@ -52,7 +58,35 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.seconds = time.perf_counter() - self.started
-        g.stages.append(self)
+        self._stages.append(self)
+
+
+class Visit:
+    """What is known of a request while it is answered. Flask's `g` holds it: one look-up there costs a microsecond."""
+
+    __slots__ = ("caller", "images", "request_id", "said_id", "stages", "started")
+
+    def __init__(self, request_id: UUID) -> None:
+        self.started = time.perf_counter()
+        self.request_id = request_id
+        self.said_id = str(request_id)
+        self.images = 0
+        self.caller = NOBODY
+        self.stages: list[Stage] = []
+
+    def stage(self, name: str) -> Stage:
+        """A part of it, to be timed by `with`."""
+        return Stage(name, self.stages)
+
+    def add_stage(self, name: str, started: float, seconds: float) -> None:
+        """A part of it that was timed elsewhere."""
+        self.stages.append(Stage(name, self.stages, started, seconds))
+
+
+def visit() -> Visit:
+    """The request that this thread answers."""
+    here: Visit = g.visit
+    return here
 
 
 class Recorder(Protocol):
@@ -67,20 +101,17 @@ def register(app: Flask, metrics: ServerMetrics, settings: Settings) -> None:
     tracing = _tracing(settings.otel_exporter_otlp_endpoint)
 
     def before() -> None:
-        g.started = time.perf_counter()
-        g.request_id = _request_id(request.environ.get("HTTP_X_REQUEST_ID", ""))
-        g.images = 0
-        g.caller = None
-        g.stages = []
+        environ = request.environ
+        here = g.visit = Visit(_request_id(environ.get("HTTP_X_REQUEST_ID", "")))
+        environ[_SAID_ID] = here.said_id
 
     def after(response: Response) -> Response:
-        route = request.url_rule.rule if request.url_rule else "unmatched"
-        method, status = request.method, response.status_code
-        seconds = time.perf_counter() - g.started
-        metrics.observe(route, method, status, seconds, g.stages)
-        response.headers["X-Request-ID"] = str(g.request_id)
-        if not route.startswith("/static"):
-            response.headers.setdefault("Cache-Control", "no-store")
+        here, asked = visit(), request._get_current_object()  # type: ignore[attr-defined]
+        rule = asked.url_rule
+        route = rule.rule if rule else "unmatched"
+        method, status = asked.method, response.status_code
+        seconds = time.perf_counter() - here.started
+        metrics.observe(route, method, status, seconds, here.stages)
         # Probes come every few seconds: they are worth a line, and a trace, only when they fail.
         quiet = route in _QUIET_ROUTES and status < 400
         level = logging.DEBUG if quiet else logging.INFO
@@ -91,15 +122,15 @@ def register(app: Flask, metrics: ServerMetrics, settings: Settings) -> None:
             "route": route,
             "status": status,
             "ms": round(seconds * 1000, 2),
-            "images": g.images,
-            "bytes": request.content_length,
-            "remote": request.remote_addr,
-            "caller": g.caller and g.caller.name,
+            "images": here.images,
+            "bytes": asked.content_length,
+            "remote": asked.environ.get("REMOTE_ADDR"),
+            "caller": here.caller.name or None,
         }
-        for stage in g.stages:
+        for stage in here.stages:
             fields[f"{stage.name}_ms"] = round(stage.seconds * 1000, 2)
         if tracing is not None and not quiet:
-            fields["trace_id"] = tracing.record(fields, request.headers, g.started, g.stages)
+            fields["trace_id"] = tracing.record(fields, asked.headers, here.started, here.stages)
         access.log(level, "%s %s %d", method, route, status, extra={"fields": fields})
         return response
 
@@ -120,8 +151,11 @@ def _with_headers(application: Any) -> Any:
     """Around the whole app: a reply has these headers wherever it was made, and they cost no look-ups."""
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        more = HEADERS if environ["PATH_INFO"].startswith("/static/") else _HEADERS_OF_WHAT_CHANGES
+
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            return start_response(status, [*headers, *HEADERS], *((exc_info,) if exc_info else ()))
+            said = [*headers, *more, ("X-Request-ID", environ[_SAID_ID])]
+            return start_response(status, said, *((exc_info,) if exc_info else ()))
 
         return application(environ, start)
 

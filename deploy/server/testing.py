@@ -3,7 +3,6 @@
 `python -m deploy.server.testing FOLDER PORT` serves what `FolderSource.crown` put there.
 """
 
-import logging.config
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from deploy.server.__main__ import listen
 from deploy.server.app import create_app
 from deploy.server.bodies import MAX_BODY_BYTES
 from deploy.server.bridge import Bridge
-from deploy.server.json_logging import logging_config
+from deploy.server.json_logging import configure
 from ml.errors import DatabaseUnavailable, PredictionNotFound
 from ml.monitoring.batch_writer import LogState
 from ml.monitoring.prediction_log import LoggedPrediction
@@ -77,7 +76,7 @@ class MemoryShadows:
 
 def app_of(folder: str, load: Callable[[Path], Predictor] = ServingEngine) -> Flask:
     """An app that follows champion and challenger in `folder`, looking twenty times a second."""
-    logging.config.dictConfig(logging_config())
+    configure()
     settings = Settings(_env_file=None)  # type: ignore[call-arg]
     follower = ChampionFollower(FolderSource(Path(folder)), Path(folder), every=0.05, load=load)
     shadows = MemoryShadows()

@@ -3,13 +3,13 @@
 Importing it starts the server's threads, which is what the worker imports it for; nothing else may import it.
 """
 
-import logging.config
+import logging
 from functools import partial
 
 from deploy.server.app import create_app
 from deploy.server.bodies import MAX_BODY_BYTES
 from deploy.server.bridge import Bridge
-from deploy.server.json_logging import logging_config
+from deploy.server.json_logging import configure
 from deploy.server.registry_source import RegistrySource
 from ml.monitoring.prediction_log import PredictionLog
 from ml.monitoring.shadow_log import ShadowLog
@@ -19,8 +19,7 @@ from ml.serving.hot_swap import ChampionFollower
 from ml.serving.router import Router
 from ml.settings import load_settings
 
-logging.config.dictConfig(logging_config())
-logging.captureWarnings(True)
+configure()
 _settings = load_settings()
 _spool_bytes = _settings.prediction_spool_mb << 20
 _log = PredictionLog(_settings.database_url, _settings.spool_dir / "predictions", spool_bytes=_spool_bytes)
@@ -43,6 +42,7 @@ def _end() -> None:
     _router.close()
     _batcher.close()
     _shadows.close(timeout=1)
+    logging.shutdown()
 
 
 _log.start()

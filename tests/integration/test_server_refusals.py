@@ -7,9 +7,9 @@ import zlib
 import pytest
 from pydantic import SecretStr
 
-from deploy.server.access import check_exposure
 from deploy.server.app import create_app
 from deploy.server.bodies import MAX_BODY_BYTES
+from deploy.server.exposure import check_exposure
 from ml.errors import ConfigurationError
 from tests.served_app import PIXELS, Served, encoded
 
@@ -85,7 +85,7 @@ def test_unknown_addresses_and_methods_are_problems_too(served):
 
 
 def test_a_failure_of_our_own_tells_the_client_nothing_but_its_id(served, caplog):
-    def broken(images):
+    def broken(images, *, alone):
         raise ZeroDivisionError("secret of /etc/passwd")
 
     served.follower.current().engine.predict = broken

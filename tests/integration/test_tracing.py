@@ -91,7 +91,7 @@ def test_a_request_is_a_span_below_its_callers_with_a_span_for_each_part(tmp_pat
 
     spans = spans_of(received)
     good = spans.pop(TRACE)
-    assert set(good) == {"POST /v1/predict", "decode", "predict", "log"}
+    assert set(good) == {"POST /v1/predict", "decode", "predict", "queue", "engine", "log"}
     server = good.pop("POST /v1/predict")
     assert server.parent_span_id.hex() == PARENT
     assert values(server.attributes) == {
@@ -104,10 +104,12 @@ def test_a_request_is_a_span_below_its_callers_with_a_span_for_each_part(tmp_pat
         "cifar10.caller": "127.0.0.1",
     }
     assert before < server.start_time_unix_nano < server.end_time_unix_nano < after
-    for part in good.values():
+    for name, part in good.items():
         assert part.parent_span_id == server.span_id
         assert server.start_time_unix_nano <= part.start_time_unix_nano
-        assert part.start_time_unix_nano < part.end_time_unix_nano <= server.end_time_unix_nano
+        assert part.start_time_unix_nano <= part.end_time_unix_nano <= server.end_time_unix_nano
+        # Alone, it waits in no line.
+        assert (part.start_time_unix_nano < part.end_time_unix_nano) is (name != "queue")
     assert values(good["predict"].attributes) == {"cifar10.model.version": 1, "cifar10.batch.size": 1}
 
     ((other, bad),) = spans.items()

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deploy.server.access import check_exposure
 from deploy.server.app import create_app
+from deploy.server.exposure import check_exposure
 from deploy.server.testing import MemoryLog
 from ml.errors import ConfigurationError, ServiceUnavailable
 from ml.monitoring.prediction_log import PredictionLog
