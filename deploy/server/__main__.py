@@ -5,9 +5,13 @@ socket is the supervisor's, so that callers who come meanwhile wait in its backl
 not load ONNX Runtime, not even indirectly: that starts a thread, which a fork does not copy.
 """
 
-from granian import Granian
-from granian.constants import Interfaces
+import resource
+import socket
+
+from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
+from granian.net import SocketHolder
+from granian.server.mp import MPServer
 
 from deploy.server.exposure import check_exposure
 from deploy.server.json_logging import logging_config
@@ -16,11 +20,34 @@ from ml.settings import load_settings
 
 HEADER_SECONDS = 10
 """From a connection, or from the reply before, to the last byte of a request's headers: slow and idle clients go."""
+UNREAD_SECONDS = 20
+"""For a client to take what is sent to it: one that reads nothing goes, and with it the memory of its reply."""
 END_SECONDS = 20
 """For requests in flight when the server is told to end; then what is left is cut off."""
+CONNECTIONS = 2048
+"""At once; more wait in the backlog, until one of these ends."""
+HEADER_BYTES = 64 << 10
+"""Of a request's headers; each connection may cost as much memory."""
 
 
-def listen(target: str, host: str, port: int, *, factory: bool = False) -> None:
+class _Supervisor(MPServer):
+    """Listens itself, and hands the socket on to its workers.
+
+    On Linux, granian has each worker open a socket of its own, so that callers are refused while there is no worker.
+    """
+
+    def _init_shared_socket(self) -> None:
+        family = socket.getaddrinfo(self.bind_addr, self.bind_port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((self.bind_addr, self.bind_port), family=family, backlog=self.backlog)
+        # What it accepts inherits this.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
+        listener.setblocking(False)
+        listener.set_inheritable(True)
+        self._sso, self._ssp = listener, None
+        self._shd = SocketHolder(listener.fileno(), False, self.backlog)  # type: ignore[call-arg, assignment]
+
+
+def listen(target: str, host: str, port: int, *, factory: bool = False, header_seconds: float = HEADER_SECONDS) -> None:
     """Serves until SIGTERM or SIGINT; then answers what is under way, and returns.
 
     Args:
@@ -28,19 +55,33 @@ def listen(target: str, host: str, port: int, *, factory: bool = False) -> None:
         host: address to listen on.
         port: port to listen on.
         factory: whether the target is a function that makes one, in the worker.
+        header_seconds: as `HEADER_SECONDS`.
     """
-    Granian(
+    _allow_files(2 * CONNECTIONS)
+    _Supervisor(
         target,
         address=host,
         port=port,
         interface=Interfaces.RSGI,
         factory=factory,
         websockets=False,
-        http1_settings=HTTP1Settings(header_read_timeout=HEADER_SECONDS * 1000),
+        # HTTP/2 has no deadline for headers, and neither has a connection that may still become either of the two.
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=round(header_seconds * 1000), max_buffer_size=HEADER_BYTES),
+        backlog=CONNECTIONS,
+        backpressure=CONNECTIONS,
         respawn_failed_workers=True,
         workers_kill_timeout=END_SECONDS,
         log_dictconfig=logging_config(),
     ).serve()
+
+
+def _allow_files(count: int) -> None:
+    """Shells often allow 1024 open files, though more may be asked for: a connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def main() -> None:

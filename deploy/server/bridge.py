@@ -2,8 +2,8 @@
 
 Connections, TLS and HTTP are granian's (Rust), whose event loop waits for clients; they reach this module by RSGI,
 granian's own interface. Bodies are read here, on the loop, with a deadline: a client that sends a byte a second costs
-a few kilobytes of memory and no thread, and is sent away. So is one that sends more than may be sent, or asks for more
-at once than can be worked on.
+a few kilobytes of memory and no thread, takes nobody's turn, and is sent away. So is one that sends more than may be
+sent, or asks for more at once than can be worked on or kept in memory.
 """
 
 import asyncio
@@ -26,6 +26,8 @@ Headers = list[tuple[str, str]]
 Wsgi = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 _SWEEP_EVERY = 0.5
+_SMALL_BODY = 64 << 10
+"""Bytes; such bodies are not counted, since there are no more of them than connections."""
 
 
 class _Scope(Protocol):
@@ -54,6 +56,39 @@ class _Channel(Protocol):
         """Answers."""
 
 
+class _Refused(Exception):
+    """A request that does not reach the app; holds the reply."""
+
+    def __init__(self, status: int, title: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reply = _problem(status, title, detail)
+
+
+class _Room:
+    """So much of something, of which one address gets half of what is free at most (as in `ml.serving.batcher`).
+
+    Not safe to use from several threads at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._taken: Counter[str] = Counter()
+
+    def take(self, host: str, amount: int = 1) -> None:
+        """Takes some of it; 503 where there is too little."""
+        if self._taken[host] + amount > self._free:
+            raise _Refused(503, "Not available at the moment", "The server is busy: too many requests are under way.")
+        self._taken[host] += amount
+        self._free -= amount
+
+    def give(self, host: str, amount: int = 1) -> None:
+        """Gives it back."""
+        self._free += amount
+        self._taken[host] -= amount
+        if not self._taken[host]:
+            del self._taken[host]
+
+
 class Bridge:
     """Serves a WSGI app over RSGI.
 
@@ -63,8 +98,9 @@ class Bridge:
         longest_body: bytes.
         body_seconds: from a request's headers to the last byte of its body, at most.
         threads: requests that the app works on at once; threads are started as they are needed.
-        capacity: requests in the house at most. One address may have half of what is free (as in
-            `ml.serving.batcher`), so that there is room for others.
+        capacity: requests at most that have come as a whole and are not answered. One address may have half of what is
+            free, so that there is room for others.
+        body_bytes: memory for bodies over 64 KiB, from their first byte to the reply; shared in the same way.
         on_end: called once when the server ends in order, after the last reply.
     """
 
@@ -76,19 +112,19 @@ class Bridge:
         body_seconds: float = 10.0,
         threads: int = 256,
         capacity: int = 512,
+        body_bytes: int = 128 << 20,
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self._app = app
         self._longest_body = longest_body
         self._body_seconds = body_seconds
         self._most_threads = threads
-        self._capacity = capacity
         self._on_end = on_end
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # All of the following is touched on the event loop only.
         self._threads: list[threading.Thread] = []
-        self._here: Counter[str] = Counter()
-        self._in_all = 0
+        self._turns = _Room(capacity)
+        self._memory = _Room(body_bytes)
         self._at_work = 0
         self._reading: dict[asyncio.Task[Any], float] = {}
         self._base: dict[str, Any] = {
@@ -115,62 +151,66 @@ class Bridge:
     async def __rsgi__(self, scope: _Scope, channel: _Channel) -> None:
         """Answers one request."""
         host, _, _ = scope.client.rpartition(":")
-        if self._here[host] >= self._capacity - self._in_all:
-            _refuse(channel, 503, "Not available at the moment", "The server is busy: too many requests are under way.")
-            return
-        self._here[host] += 1
-        self._in_all += 1
-        try:
-            await self._answer(scope, channel, host)
-        finally:
-            self._in_all -= 1
-            self._here[host] -= 1
-            if not self._here[host]:
-                del self._here[host]
-
-    async def _answer(self, scope: _Scope, channel: _Channel, host: str) -> None:
         environ = self._environ(scope, host)
-        has_body = "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ
-        body = b""
-        if has_body:
-            length = environ.get("CONTENT_LENGTH", "")
-            read = await self._body(channel, length)
-            if read is None:
-                said = f"The body did not come within {self._body_seconds:g} seconds."
-                _refuse(channel, 408, "Request Timeout", said)
-                return
-            body = read
-            # Of a body that is too long the app sees the length that was declared, and needs no more to refuse it.
-            if not (length.isdecimal() and int(length) > self._longest_body):
-                environ["CONTENT_LENGTH"] = str(len(body))
-        environ["wsgi.input"] = io.BytesIO(body)
-        done: asyncio.Future[tuple[int, Headers, bytes]] = self._loop.create_future()
-        self._hand_on(environ, done)
-        status, headers, data = await done
-        channel.response_bytes(status, headers, data)
+        counted = 0
+        try:
+            if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
+                counted = await self._read(channel, environ, host)
+            else:
+                environ["wsgi.input"] = io.BytesIO()
+            reply = await self._work_on(environ, host)
+        except _Refused as refused:
+            reply = refused.reply
+        finally:
+            if counted:
+                self._memory.give(host, counted)
+        channel.response_bytes(*reply)
 
-    async def _body(self, channel: _Channel, length: str) -> bytes | None:
-        """All of it; None where it did not come in time. One that is too long is not read to its end."""
-        if length.isdecimal() and int(length) > self._longest_body:
-            return b""
+    async def _read(self, channel: _Channel, environ: dict[str, Any], host: str) -> int:
+        """Puts the body into `environ`; says how many bytes of it count in `_memory`."""
+        declared = environ.get("CONTENT_LENGTH", "")
+        length = int(declared) if declared.isdecimal() else None
+        if length is not None and length > self._longest_body:
+            # The app sees the length that was declared, and needs no more to refuse it.
+            environ["wsgi.input"] = io.BytesIO()
+            return 0
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in a task
         self._reading[task] = time.monotonic() + self._body_seconds
+        counted = 0
         try:
-            if length.isdecimal():
-                return await channel()
-            parts, size = [], 0
-            async for part in channel:
-                parts.append(part)
-                size += len(part)
-                if size > self._longest_body:
-                    break
-            return b"".join(parts)[: self._longest_body + 1]
-        except asyncio.CancelledError:
-            task.uncancel()
-            return None
+            if length is not None and length <= _SMALL_BODY:
+                body = await channel()
+            else:
+                parts = []
+                async for part in channel:
+                    self._memory.take(host, len(part))
+                    counted += len(part)
+                    parts.append(part)
+                    if counted > self._longest_body:
+                        break
+                body = b"".join(parts)[: self._longest_body + 1]
+        except BaseException as error:
+            self._memory.give(host, counted)
+            if isinstance(error, asyncio.CancelledError) and time.monotonic() > self._reading[task]:
+                task.uncancel()
+                said = f"The body did not come within {self._body_seconds:g} seconds."
+                raise _Refused(408, "Request Timeout", said) from None
+            raise
         finally:
             del self._reading[task]
+        environ["CONTENT_LENGTH"] = str(len(body))
+        environ["wsgi.input"] = io.BytesIO(body)
+        return counted
+
+    async def _work_on(self, environ: dict[str, Any], host: str) -> tuple[int, Headers, bytes]:
+        self._turns.take(host)
+        try:
+            done: asyncio.Future[tuple[int, Headers, bytes]] = self._loop.create_future()
+            self._hand_on(environ, done)
+            return await done
+        finally:
+            self._turns.give(host)
 
     def _send_slow_clients_away(self) -> None:
         now = time.monotonic()
@@ -255,7 +295,3 @@ def _problem(status: int, title: str, detail: str, retry_after: float = 1) -> tu
     if status == 503:
         headers.append(("retry-after", str(math.ceil(retry_after))))
     return status, headers, json.dumps(body).encode()
-
-
-def _refuse(channel: _Channel, status: int, title: str, detail: str) -> None:
-    channel.response_bytes(*_problem(status, title, detail))

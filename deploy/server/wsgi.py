@@ -35,7 +35,7 @@ _router = Router(_follower, _batcher, record=_shadows.append)
 app = create_app(_settings, follower=_follower, log=_log, batcher=_batcher, router=_router, shadows=_shadows)
 
 
-def _end() -> None:
+def end() -> None:
     """In order: nothing new is loaded; the predictions are written out, which matter most; then what was mirrored."""
     _follower.close()
     _log.close()
@@ -49,4 +49,4 @@ _log.start()
 _shadows.start()
 _router.start()
 _follower.start()
-server = Bridge(app, longest_body=MAX_BODY_BYTES, on_end=_end)
+server = Bridge(app, longest_body=MAX_BODY_BYTES, on_end=end)
