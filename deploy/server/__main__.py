@@ -5,6 +5,7 @@ socket is the supervisor's, so that callers who come meanwhile wait in its backl
 not load ONNX Runtime, not even indirectly: that starts a thread, which a fork does not copy.
 """
 
+import ctypes
 import resource
 import socket
 
@@ -28,6 +29,9 @@ CONNECTIONS = 2048
 """At once; more wait in the backlog, until one of these ends."""
 HEADER_BYTES = 64 << 10
 """Of a request's headers; each connection may cost as much memory."""
+
+
+_M_ARENA_MAX = -8  # of malloc.h
 
 
 class _Supervisor(MPServer):
@@ -58,6 +62,7 @@ def listen(target: str, host: str, port: int, *, factory: bool = False, header_s
         header_seconds: as `HEADER_SECONDS`.
     """
     _allow_files(2 * CONNECTIONS)
+    _share_arenas()
     _Supervisor(
         target,
         address=host,
@@ -74,6 +79,13 @@ def listen(target: str, host: str, port: int, *, factory: bool = False, header_s
         workers_kill_timeout=END_SECONDS,
         log_dictconfig=logging_config(),
     ).serve()
+
+
+def _share_arenas() -> None:
+    """The C library would keep free memory apart for each of many threads; the GIL lets one at a time have any."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if set_option is not None:
+        set_option(_M_ARENA_MAX, 2)
 
 
 def _allow_files(count: int) -> None:

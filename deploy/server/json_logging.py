@@ -1,18 +1,18 @@
 """Log lines as JSON on stderr, each with the id of the request that it belongs to.
 
-Light to import: the server's supervisor reads it before it forks, and must not have loaded ONNX Runtime then.
+Light to import: the server's supervisor reads it before it forks, and must have loaded neither ONNX Runtime nor Flask then.
 """
 
 import atexit
 import json
 import logging
 import logging.config
+import sys
 import threading
 import time
 from typing import Any, TextIO
 
 import orjson
-from flask import g, has_request_context
 
 
 class JsonLines(logging.Formatter):
@@ -28,7 +28,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if has_request_context() and (here := g.get("visit")):
+        if (here := _visit()) is not None:
             line["request_id"] = here.said_id
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
@@ -45,6 +45,12 @@ class JsonLines(logging.Formatter):
             written = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             self._second = second, written  # in one step: threads share it
         return f"{written}.{int((created - second) * 1000):03d}+00:00"
+
+
+def _visit() -> Any:
+    """The request that this thread answers, if any. The supervisor answers none, and does not load Flask."""
+    flask = sys.modules.get("flask")
+    return flask.g.get("visit") if flask is not None and flask.has_request_context() else None
 
 
 class GatheredLines(logging.StreamHandler[TextIO]):

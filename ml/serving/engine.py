@@ -149,6 +149,7 @@ def _session(path: Path, threads: int) -> ort.InferenceSession:
     # Threads that wait for each other within a batch spin, which saves a third of a small model's time; those that
     # wait for the next batch would take the cores from everything else of the server.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_mem_pattern = False  # a plan of memory for each batch size: of thirty sizes, some 50 MB
     options.log_severity_level = 3  # warnings of graph optimisation mean nothing to an operator
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
