@@ -143,6 +143,12 @@ class _States:
         yield CounterMetricFamily(
             "cifar10_model_swap_failures", "Champions that could not be loaded.", value=follower.failed_swaps
         )
+        failing = float(follower.failure is not None)
+        yield GaugeMetricFamily(
+            "cifar10_model_failing",
+            "1 where the registry cannot be asked for the champion, or it cannot be loaded.",
+            value=failing,
+        )
         yield from _log_figures("cifar10_prediction_log", log)
 
 

@@ -52,5 +52,6 @@ def end() -> None:
 _log.start()
 _shadows.start()
 _router.start()
-_follower.start()
+# Callers wait in the socket's backlog meanwhile: where a worker was replaced, they then get an answer and not a 503.
+_follower.start(patience=2)
 server = Bridge(app, longest_body=MAX_BODY_BYTES, on_end=end)

@@ -32,8 +32,10 @@ from ml.monitoring.spool import Damage, Place, Record, Spool, framed
 
 T = TypeVar("T")
 
-_STALLED_AFTER = 0.005  # seconds that a request waits for another one's write
-_DISK_PAUSE = 1.0  # seconds without another try, once the disk failed or stalled
+# Seconds that a request waits for another one's write. Where cores are few, a thread that has written may wait for tens
+# of milliseconds for its turn; that is no stalled disk, and what waits in memory is lost to a kill.
+_STALLED_AFTER = 0.1
+_DISK_PAUSE = 1.0  # seconds without another try, once the disk failed, or stalled and is no better
 _READS_BEFORE_SKIPPING = 5
 _LOOK_FOR_ORPHANS_EVERY = 60.0
 _ASIDE_SHARE = 16  # of the spool's bytes, at most, for what is kept aside
@@ -218,6 +220,7 @@ class BatchWriter(ABC, Generic[T]):
                 except OSError as error:
                     self._disk_failed(error)
                 else:
+                    self._disk_again = 0.0  # the write that others took for a stalled one is over
                     self._taken(rows)
                     return True
                 finally:

@@ -156,6 +156,7 @@ class ChampionFollower:
         self._challengers = _Loader(source, load, again_after, spare=True)
         self._load = load
         self._ending = threading.Event()
+        self._looked = threading.Event()
         self._thread: threading.Thread | None = None
         # One reference, replaced whole: readers need no lock, and a request keeps the model that it began with.
         self._state = FollowerState(model=None, failure=None, swaps=0, failed_swaps=0)
@@ -186,11 +187,16 @@ class ChampionFollower:
         """What has happened so far."""
         return self._state
 
-    def start(self) -> None:
-        """Starts to follow in a background thread. Returns at once; `current` raises until a model is loaded."""
+    def start(self, patience: float = 0.0) -> None:
+        """Starts to follow in a background thread. `current` raises until a model is loaded.
+
+        Args:
+            patience: seconds that it waits for the first look to be over.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="champion-follower", daemon=True)
             self._thread.start()
+        self._looked.wait(patience)
 
     def close(self) -> None:
         """Stops following; the loaded model goes on answering."""
@@ -304,6 +310,7 @@ class ChampionFollower:
                 self.poll()
             except Exception as error:  # noqa: BLE001 - a thread that dies unseen would never see a champion again
                 self._fail(error)
+            self._looked.set()
             self._ending.wait(self._every)
 
     def _is_serving(self, champion: Champion) -> bool:

@@ -248,8 +248,30 @@ def test_a_disk_that_stalls_holds_up_one_request_alone(database_url, tmp_path, m
     wait_for(lambda: len(ids(database_url)) == 19)  # nor does the database wait for that disk
     goes_on.set()
     first.join()
+    later = prediction()  # at once on the disk again, where a kill cannot reach it
+    assert log.append(later)
+    assert log.state().unspooled == 19
     assert log.flush()
-    assert sorted(ids(database_url)) == sorted(item.request_id for item in sent)
+    assert sorted(ids(database_url)) == sorted(item.request_id for item in (*sent, later))
+    log.close()
+
+
+def test_a_request_that_waits_briefly_for_another_keeps_to_the_disk(database_url, tmp_path):
+    """On two busy cores a thread that has the lock may get no turn for a while."""
+    log = opened(database_url, tmp_path)
+    taken = threading.Event()
+
+    def hold():
+        with log._disk:
+            taken.set()
+            time.sleep(0.03)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(5)
+    assert log.append(prediction())
+    assert (log.state().unspooled, log.state().spool_ok) == (0, True)
+    holder.join()
     log.close()
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import httpx
@@ -21,60 +20,17 @@ from ml.registry import traffic
 from ml.registry.versions import Registry
 from ml.settings import PROJECT_ROOT
 from ml.traffic import Traffic
-from tests.conftest import free_port, stop, wait_until
+from tests.conftest import wait_until
 from tests.hammering import hammered
+from tests.server_process import NOBODY, command, environment, remember_champion, serving
 from tests.tiny_models import always, make_onnx
 from tests.tiny_versions import empty_registry, register_tiny, small_dataset, take_alias
-
-NOBODY = "http://127.0.0.1:9"
-
-
-def environment(tmp_path, **more):
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return {**kept, "MLOPS_VAR_DIR": str(tmp_path / "var"), "MLFLOW_TRACKING_URI": NOBODY, **more}
-
-
-def command():
-    return [sys.executable, "-m", "deploy.server"]
-
-
-@contextmanager
-def serving(tmp_path, database_url, **more):
-    """A running server, ready: its process, address and log file."""
-    port = free_port()
-    log = tmp_path / "server.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command(),
-            cwd=PROJECT_ROOT,
-            env=environment(tmp_path, API_PORT=str(port), MLOPS_DATABASE_URL=database_url, **more),
-            process_group=0,
-            stdout=stream,
-            stderr=stream,
-        )
-    url = f"http://127.0.0.1:{port}"
-
-    def ready():
-        assert process.poll() is None, log.read_text()
-        try:
-            return httpx.get(f"{url}/readyz", timeout=2).is_success
-        except httpx.TransportError:
-            return False
-
-    try:
-        wait_until(ready, seconds=90, what="the server")
-        yield process, url, log
-    finally:
-        stop(process)
 
 
 @pytest.fixture
 def server(tmp_path, database_url):
     """Started while the registry is away, on a machine that has served a champion before."""
-    model = make_onnx(tmp_path / "model.onnx", **always(3))
-    memory = tmp_path / "var" / "cache" / "serving" / "last_champion.json"
-    memory.parent.mkdir(parents=True)
-    memory.write_text(json.dumps({"name": "cifar10-classifier", "version": 4, "data": "SYNTHETIC", "path": str(model)}))
+    remember_champion(tmp_path, make_onnx(tmp_path / "model.onnx", **always(3)), 4)
     with serving(tmp_path, database_url) as running:
         yield running
 

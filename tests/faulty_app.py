@@ -1,0 +1,35 @@
+"""The server as it is deployed, with short deadlines and a clock that jumps.
+
+`deploy.server.__main__.listen` serves `tests.faulty_app:serve`.
+"""
+
+import itertools
+import time
+from datetime import datetime, timedelta, tzinfo
+from typing import Any
+
+from deploy.server.bodies import MAX_BODY_BYTES
+from deploy.server.bridge import Bridge
+
+BODY_SECONDS = 1.0
+JUMPS = (timedelta(0), timedelta(days=3650), timedelta(days=-3650))
+"""Where the clock stands from question to question, against the real one."""
+
+_jumps = itertools.cycle(JUMPS)
+_time = time.time
+
+
+class Jumping(datetime):
+    """Its `now` is another every time."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Any:
+        return datetime.now(tz) + next(_jumps)
+
+
+def serve() -> Bridge:
+    from deploy.server import predictions, wsgi  # noqa: PLC0415 - it starts the server's threads
+
+    predictions.datetime = Jumping  # type: ignore[misc]
+    time.time = lambda: _time() + next(_jumps).total_seconds()
+    return Bridge(wsgi.app, longest_body=MAX_BODY_BYTES, body_seconds=BODY_SECONDS, on_end=wsgi.end)
