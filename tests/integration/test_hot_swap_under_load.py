@@ -15,6 +15,9 @@ from tests.tiny_models import PIXELS, always, make_onnx
 
 CLASS_OF = {1: 2, 2: 5, 3: 7, 4: 0, 5: 9}
 """What each version answers to every image."""
+SWAPS = [(2, "fp32"), (3, "int8"), (3, "fp32"), (4, "fp32"), (4, "int8"), (5, "int8"), (1, "fp32"), (5, "fp32"),
+         (2, "int8"), (1, "int8")]  # fmt: skip
+"""Versions and the forms in which they serve, one after the other."""
 
 
 @pytest.fixture
@@ -33,18 +36,27 @@ def server(tmp_path, target):
         yield running
 
 
+def serves(url):
+    state = httpx.get(f"{url}/v1/model").json()
+    return state["version"], state["engine"]
+
+
 def test_champions_change_under_load_without_a_failed_request(server, tmp_path):
     _, url = server
     source = FolderSource(tmp_path / "registry")
-    with hammered(url, callers=6) as tally:
-        for version in (2, 3, 4, 5, 1):
+    for version, class_id in CLASS_OF.items():
+        other = tmp_path / f"{version}.int8.onnx"
+        make_onnx(other, **always(class_id, confidence=0.5 + version / 20), padding_bytes=8)
+    with hammered(url, callers=16) as tally:
+        for version, engine in SWAPS:
             seen = len(tally.replies)
             wait_until(lambda seen=seen: len(tally.replies) > seen + 30, seconds=30, what="traffic")
-            source.crown(tmp_path / f"{version}.onnx", version)
+            form = ".int8" if engine == "int8" else ""
+            source.crown(tmp_path / f"{version}{form}.onnx", version, engine=engine)
             wait_until(
-                lambda version=version: httpx.get(f"{url}/v1/model").json()["version"] == version,
+                lambda wanted=(version, engine): serves(url) == wanted,
                 seconds=30,
-                what=f"version {version}",
+                what=f"version {version} as {engine}",
             )
     assert tally.failures == []
     assert {version for version, _, _ in tally.replies} == set(CLASS_OF)
@@ -52,7 +64,8 @@ def test_champions_change_under_load_without_a_failed_request(server, tmp_path):
         assert class_id == CLASS_OF[version]
         assert probability == pytest.approx(0.5 + version / 20, abs=1e-3)
     state = httpx.get(f"{url}/v1/model").json()
-    assert (state["swaps"], state["failed_swaps"]) == (6, 0)
+    assert (state["swaps"], state["failed_swaps"]) == (1 + len(SWAPS), 0)
+    assert len(tally.answered) == len(tally.sent) == len(tally.replies)
 
 
 def test_a_broken_champion_under_load_changes_nothing(server, tmp_path):

@@ -32,6 +32,9 @@ from tests.hammering import body, hammered, logged
 from tests.server_process import remember_champion, serving
 from tests.tiny_models import always, make_onnx
 
+SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))
+"""More for a long soak: `SOAK_SECONDS=1800 pytest --timeout=3600 -k flat ...`."""
+
 
 @pytest.fixture(scope="module")
 def database():
@@ -259,12 +262,9 @@ def test_memory_stays_flat_under_load(server, tell):
         until = time.monotonic() + SOAK_SECONDS
         wait_until(lambda: time.monotonic() > until, seconds=2 * SOAK_SECONDS, what="the clock")
         grown, asked = resident(server.worker()) - first, len(tally.replies) - begun
-    assert asked > 1500
+    assert asked > 1000
     assert grown < 1500 * asked
     check_all_answered_and_logged(server, tally, tell, requests_measured=asked, grown_kb=grown >> 10)
-
-
-SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "15"))
 
 
 def listening(program):
@@ -324,7 +324,7 @@ def sockets(address, count, opening):
 
 def trickle(connections, ending):
     """Sends a byte of each every so often, until they are closed."""
-    while not ending.wait(0.2):
+    while not ending.wait(0.4):
         for connection in connections:
             try:
                 connection.send(b"x")
@@ -332,15 +332,21 @@ def trickle(connections, ending):
                 continue
 
 
-def said_to(connection):
+def deaf(address):
+    """A connection that asks for more than fits between the two, and reads nothing of it."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(address)
+    connection.sendall(b"GET /static/page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 1000)
+    return connection
+
+
+def read_all(connection):
     """What the server said before it closed the connection; TimeoutError where it does not."""
     connection.settimeout(15)
     parts = []
-    try:
-        while part := connection.recv(65536):
-            parts.append(part)
-    except ConnectionError:
-        pass
+    while part := connection.recv(65536):
+        parts.append(part)
     return b"".join(parts)
 
 
@@ -348,11 +354,11 @@ def test_slow_clients_and_a_jumping_clock_cost_nobody_an_answer(database, tmp_pa
     url = new_database(database, "slow")
     remember_champion(tmp_path, make_onnx(tmp_path / "1.onnx", **always(1)), 1)
     program = (
-        "import os; from deploy.server.__main__ import listen; listen('tests.faulty_app:serve', '127.0.0.1', "
-        f"int(os.environ['API_PORT']), factory=True, header_seconds={BODY_SECONDS})"
+        "import os, deploy.server.__main__ as server; server.UNREAD_SECONDS = 1; "
+        "server.listen('tests.faulty_app:serve', '127.0.0.1', int(os.environ['API_PORT']), factory=True, "
+        f"header_seconds={BODY_SECONDS})"
     )
     head = b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: 5000\r\n"
-    document = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     with serving(tmp_path, url, listening(program)) as (process, address, _):
         server = Server(process, address, tmp_path / "none", url)
         place = ("127.0.0.1", httpx.URL(address).port)
@@ -360,36 +366,38 @@ def test_slow_clients_and_a_jumping_clock_cost_nobody_an_answer(database, tmp_pa
         with hammered(address, callers=4, pause=0.02) as tally:
             answers(tally, 200)
             normal = statistics.median(tally.seconds)
+            unread = [deaf(place) for _ in range(3)]
             before = len(tally.seconds)
             with (
                 sockets(place, 300, head) as headers,
                 sockets(place, 300, head + b"\r\n") as bodies,
                 sockets(place, 300, b"") as silent,
-                sockets(place, 20, document * 50) as deaf,
             ):
                 began = time.monotonic()
                 slow = threading.Thread(target=trickle, args=([*headers, *bodies], ending))
                 slow.start()
-                replies = [said_to(connection) for connection in bodies]
-                assert {said_to(connection) for connection in [*headers, *silent]} == {b""}
+                replies = [read_all(connection) for connection in bodies]
+                assert {read_all(connection) for connection in [*headers, *silent]} == {b""}
                 took = time.monotonic() - began
                 ending.set()
                 slow.join()
                 meanwhile = statistics.median(tally.seconds[before:])
                 asked = len(tally.seconds) - before
-                del deaf
             answers(tally)
         statuses = {reply.split(b" ", 2)[1] for reply in replies}
         assert statuses == {b"408"}
         assert all(b"application/problem+json" in reply for reply in replies)
+        for connection in unread:
+            with connection, pytest.raises(ConnectionResetError):
+                read_all(connection)
         assert took < BODY_SECONDS + 4
         assert asked > 20
-        assert meanwhile < 5 * normal + 0.02
+        assert meanwhile < 5 * normal + 0.05
         check_all_answered_and_logged(
             server,
             tally,
             tell,
-            slow=920,
+            slow=903,
             median_ms=round(normal * 1000, 1),
             median_meanwhile_ms=round(meanwhile * 1000, 1),
             seconds_until_closed=round(took, 1),

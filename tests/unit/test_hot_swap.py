@@ -53,6 +53,22 @@ def answers(follower):
     return model.version, int(model.engine.predict(IMAGE).argmax())
 
 
+def test_a_start_with_patience_waits_for_the_first_look_and_no_longer(stage, monkeypatch):
+    stage.crown(3, 7)
+    patient = stage.another(every=60)
+    patient.start(patience=30)
+    assert answers(patient) == (3, 7)
+    patient.close()
+    goes_on = threading.Event()
+    monkeypatch.setattr(stage.source, "champion", lambda: goes_on.wait(30) and None)
+    hurried = stage.another(every=60)
+    hurried.start(patience=0.05)
+    with pytest.raises(ServiceUnavailable, match="being loaded"):
+        hurried.current()
+    goes_on.set()
+    hurried.close()
+
+
 def test_before_the_first_look_it_is_loading(stage):
     with pytest.raises(ServiceUnavailable, match="being loaded"):
         stage.follower.current()
