@@ -28,7 +28,7 @@ class Jumping(datetime):
 
 
 def serve() -> Bridge:
-    from deploy.server import predictions, wsgi  # noqa: PLC0415 - it starts the server's threads
+    from deploy.server import predictions, wsgi
 
     predictions.datetime = Jumping  # type: ignore[misc]
     time.time = lambda: _time() + next(_jumps).total_seconds()
