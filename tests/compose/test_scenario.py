@@ -94,7 +94,7 @@ def scratch():
 
 
 def test_a_change_of_code_is_built_in_seconds(project, record, scratch):
-    for name in ("requirements", "ml", "dags", "plugins", "recipes", "deploy"):
+    for name in ("requirements", "ml", "dags", "plugins", "recipes", "policies", "deploy"):
         shutil.copytree(ROOT / name, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("docker-compose.yml", ".dockerignore"):
         shutil.copy(ROOT / name, scratch / name)
