@@ -1,6 +1,7 @@
 """The engine against tiny models, and against files that are no models."""
 
 import threading
+import weakref
 
 import numpy as np
 import onnx
@@ -8,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ml.errors import InputInvalid, ModelInvalid
-from ml.serving.engine import CHUNK, Engine, graph_signature
+from ml.serving import engine
+from ml.serving.engine import CHUNK, Engine, ServingEngine, graph_signature
 from tests.tiny_models import PIXELS, always, make_onnx
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (CHUNK + 3, 32, 32, 3), dtype=np.uint8)
@@ -154,3 +156,12 @@ def test_a_constant_model_says_its_class(tmp_path):
     got = Engine(make_onnx(tmp_path / "m.onnx", **always(4, confidence=0.9))).predict(IMAGES[:1])
     assert got.argmax() == 4
     assert got[0, 4] == pytest.approx(0.9, abs=1e-4)
+
+
+def test_an_engine_that_nobody_holds_gives_its_memory_back_once_its_sessions_are_gone(tmp_path, monkeypatch):
+    served = ServingEngine(make_onnx(tmp_path / "m.onnx", **always(4)))
+    sessions = [weakref.ref(served._together), weakref.ref(served._apart)]
+    left = []
+    monkeypatch.setattr(engine, "_give_back_memory", lambda: left.append([session() for session in sessions]))
+    del served
+    assert left == [[None, None]]
