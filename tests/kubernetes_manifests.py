@@ -101,14 +101,18 @@ def referred_secrets(
             if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
                 yield reference["name"], reference["key"]
     for volume in volumes:
-        assert "secret" not in volume, volume
+        if "secret" in volume:
+            yield volume["secret"]["secretName"], None
 
 
 def documented_secrets() -> dict[str, set[str]]:
     """The Secrets that README.md tells how to make, and the keys of each."""
+    text = (FOLDER / "README.md").read_text()
     commands = re.findall(
         r"create secret generic ([a-z0-9-]+) --from-env-file=/dev/stdin <<END\n(.*?)\nEND$",
-        (FOLDER / "README.md").read_text(),
+        text,
         re.DOTALL | re.MULTILINE,
     )
-    return {name: {line.split("=", 1)[0] for line in body.splitlines()} for name, body in commands}
+    of_files = re.findall(r"create secret generic ([a-z0-9-]+) --from-file=([a-z.]+)=\S+$", text, re.MULTILINE)
+    of_lines = {name: {line.split("=", 1)[0] for line in body.splitlines()} for name, body in commands}
+    return of_lines | {name: {key} for name, key in of_files}

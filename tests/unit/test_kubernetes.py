@@ -5,6 +5,7 @@ No cluster is asked. Each rule is a function that names what breaks it; each is 
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from deploy.server.exposure import check_exposure
 from deploy.server.testing import MemoryLog
 from ml.errors import ConfigurationError, ServiceUnavailable
 from ml.monitoring.prediction_log import PredictionLog
+from ml.serving.batcher import Batcher
 from ml.serving.router import Router
 from ml.settings import Settings
 from tests.kubernetes_manifests import (
@@ -144,10 +146,42 @@ def the_server_has_time_to_end(m: Manifests) -> Iterator[str]:
     if command[0] != "sleep" or not 3 <= pause <= 15:
         yield f"preStop is {command}: the Service still sends requests to a server that has closed its port"
     follower, shadows = 1, 2  # to join the one's thread; to write the other, and to join its thread
-    flush = 2 * _timeout(PredictionLog.close) + _timeout(Router.close) + follower + shadows
+    flush = 2 * _timeout(PredictionLog.close) + _timeout(Router.close) + _timeout(Batcher.close) + follower + shadows
     needed = pause + _supervisor("END_SECONDS") + flush
     if pod.get("terminationGracePeriodSeconds", 30) <= needed:
         yield f"killed before the {needed:.0f} s are over that ending in order may take"
+
+
+def the_server_predicts_with_the_cores_it_requests(m: Manifests) -> Iterator[str]:
+    container = m.container(SERVER)
+    [cores] = [variable for variable in container["env"] if variable["name"] == "PREDICTION_CORES"] or [{}]
+    if cores.get("valueFrom") != {"resourceFieldRef": {"resource": "requests.cpu"}}:
+        yield f"{cores}: another number than it requests"
+    if "cpu" in container["resources"]["limits"]:
+        yield "a limit of CPU holds it up in the middle of a prediction"
+
+
+def changed_keys_reach_a_running_server(m: Manifests) -> Iterator[str]:
+    container = m.container(SERVER)
+    [volume] = [v for v in m.pod("Deployment", SERVER)["volumes"] if "secret" in v] or [{}]
+    mounts = [mount for mount in container["volumeMounts"] if mount["name"] == volume.get("name")]
+    if not volume.get("secret", {}).get("optional"):
+        yield "a server without the file of keys does not start"
+    if [mount for mount in mounts if "subPath" in mount]:
+        yield "what is mounted by subPath never changes"
+    named = re.search(r"# PREDICTION_API_KEYS_FILE: (\S+)/([\w.]+)", (FOLDER / "settings.yaml").read_text())
+    assert named is not None
+    if [mount["mountPath"] for mount in mounts] != [named[1]]:
+        yield f"the keys lie in {mounts}, and settings.yaml says {named[1]}"
+    if {named[2]} != documented_secrets().get(volume.get("secret", {}).get("secretName")):
+        yield f"README.md does not make the file {named[2]}"
+
+
+def the_tables_can_be_left_for_the_end_of_an_upgrade(m: Manifests) -> Iterator[str]:
+    key, value = re.search(r"--selector '([^']+)!=([^']+)'", (FOLDER / "README.md").read_text()).groups()  # type: ignore[union-attr]
+    left = [f"{d['kind']} {name_of(d)}" for d in m.documents if d["metadata"].get("labels", {}).get(key) == value]
+    if left != ["Job predictions-migrations"]:
+        yield f"README.md's first apply leaves out {left}"
 
 
 def a_rollout_never_has_fewer_servers(m: Manifests) -> Iterator[str]:
@@ -219,12 +253,14 @@ def only_these_connections_are_open(m: Manifests) -> Iterator[str]:
     task = _Pod({"tier": "airflow", "component": "worker"})
     airflow_api = _Pod({"tier": "airflow", "component": "api-server"})
     stranger, outside = _Pod({"app": "stranger"}), _Pod({}, namespace="elsewhere")
+    collector = _Pod({"app.kubernetes.io/name": "opentelemetry-collector"}, namespace="elsewhere")
     resolver = _Pod({"k8s-app": "kube-dns"}, namespace="kube-system")
     server, mlflow, reports, migrations = pod.values()
     opened = [
         *((each, resolver, 53) for each in (*pod.values(), task, airflow_api)),
         (server, outside, 5432),
         (server, mlflow, 5000),
+        (server, collector, 4318),
         (outside, server, 8000),
         (mlflow, outside, 5432),
         (mlflow, outside, 443),
@@ -246,7 +282,8 @@ def only_these_connections_are_open(m: Manifests) -> Iterator[str]:
         *((task, source, 8793) for source in (stranger, outside, server)),
     ]
     no_callee = [
-        *((server, outside, port) for port in (22, 80, 443, 5000, 8080)),
+        *((server, outside, port) for port in (22, 80, 443, 4318, 5000, 8080)),
+        *((server, collector, port) for port in (22, 443, 8000)),
         *(
             (server, target, port)
             for target, port in ((reports, 8001), (airflow_api, 8080), (mlflow, 22), (server, 8000))
@@ -311,6 +348,9 @@ RULES: list[Rule] = [
     deployments_are_probed,
     the_server_is_probed_as_it_answers,
     the_server_has_time_to_end,
+    the_server_predicts_with_the_cores_it_requests,
+    changed_keys_reach_a_running_server,
+    the_tables_can_be_left_for_the_end_of_an_upgrade,
     a_rollout_never_has_fewer_servers,
     the_autoscaler_scales_the_server,
     a_drained_node_leaves_a_server,
@@ -401,6 +441,17 @@ SPOILED: list[tuple[Rule, Callable[[Manifests], None]]] = [
     (the_server_is_probed_as_it_answers, _server_container("ports/0/containerPort", 8080)),
     (the_server_has_time_to_end, _server_pod("terminationGracePeriodSeconds", ...)),
     (the_server_has_time_to_end, _server_container("lifecycle", ...)),
+    (the_server_predicts_with_the_cores_it_requests, _server_container("env/2/valueFrom", ...)),
+    (the_server_predicts_with_the_cores_it_requests, _server_container("env/2/name", "PREDICTION_CORE")),
+    (the_server_predicts_with_the_cores_it_requests, _server_container("resources/limits/cpu", "2")),
+    (changed_keys_reach_a_running_server, _server_pod("volumes/2/secret/optional", False)),
+    (changed_keys_reach_a_running_server, _server_pod("volumes/2/secret/secretName", "cifar10-keys")),
+    (changed_keys_reach_a_running_server, _server_container("volumeMounts/2/subPath", "keys.json")),
+    (changed_keys_reach_a_running_server, _server_container("volumeMounts/2/mountPath", "/etc/keys")),
+    (
+        the_tables_can_be_left_for_the_end_of_an_upgrade,
+        _change("Job", "predictions-migrations", "metadata/labels", {"app": "migrations"}),
+    ),
     (a_rollout_never_has_fewer_servers, _change("Deployment", SERVER, "spec/strategy/rollingUpdate/maxUnavailable", 1)),
     (a_rollout_never_has_fewer_servers, _change("Deployment", SERVER, "spec/replicas", 2)),
     (the_autoscaler_scales_the_server, _change("HorizontalPodAutoscaler", SERVER, "spec/minReplicas", 1)),
@@ -428,6 +479,9 @@ SPOILED: list[tuple[Rule, Callable[[Manifests], None]]] = [
     (only_these_connections_are_open, _policy(SERVER, "ingress/0/ports/0/port", 80)),
     (only_these_connections_are_open, _policy(SERVER, "egress/0/ports", ...)),
     (only_these_connections_are_open, _policy(SERVER, "egress/1/to", ...)),
+    (only_these_connections_are_open, _policy(SERVER, "egress/2/to", ...)),
+    (only_these_connections_are_open, _policy(SERVER, "egress/2/ports", ...)),
+    (only_these_connections_are_open, _policy(SERVER, "egress/2/to/0/namespaceSelector", ...)),
     (only_these_connections_are_open, _policy("mlflow-server", "ingress/0/from", ...)),
     (only_these_connections_are_open, _policy("mlflow-server", "ingress/0/from/0/podSelector", {})),
     (only_these_connections_are_open, _policy("airflow", "podSelector/matchLabels/tier", "flow")),
@@ -483,6 +537,7 @@ def test_the_server_starts_with_this_environment_and_not_without_keys(monkeypatc
         monkeypatch.setenv(name, value)
     settings = Settings(_env_file=None)
     check_exposure(settings)
+    assert settings.prediction_cores == int(MANIFESTS.container(SERVER)["resources"]["requests"]["cpu"])
     assert (settings.mlops_env, settings.api_host, settings.database_url) == ("production", "0.0.0.0", database)
     mounts = {mount["mountPath"] for mount in MANIFESTS.container(SERVER)["volumeMounts"]}
     assert str(settings.mlops_var_dir) in mounts
@@ -566,7 +621,14 @@ def _environment(deployment: str, **secrets: str) -> dict[str, str]:
     container = MANIFESTS.container(deployment)
     from_maps = [source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source]
     merged = {name: value for map_ in from_maps for name, value in MANIFESTS.get("ConfigMap", map_)["data"].items()}
-    return merged | secrets | {variable["name"]: variable["value"] for variable in container.get("env", [])}
+    of_pod = {"requests.cpu": container["resources"]["requests"]["cpu"]}
+    told = {
+        variable["name"]: variable["value"]
+        if "value" in variable
+        else of_pod[variable["valueFrom"]["resourceFieldRef"]["resource"]]
+        for variable in container.get("env", [])
+    }
+    return merged | secrets | told
 
 
 def _supervisor(name: str) -> float:
