@@ -1,6 +1,7 @@
 """Log lines as JSON on stderr, each with the id of the request that it belongs to.
 
-Light to import: the server's supervisor reads it before it forks, and must have loaded neither ONNX Runtime nor Flask then.
+Light to import: the server's supervisor reads it before it forks, and must not have loaded ONNX Runtime then, and has
+no use for Flask.
 """
 
 import atexit

@@ -1,5 +1,6 @@
 """What must hold of docker-compose.yml, its secrets and its Dockerfiles. Read from the files: no engine is asked."""
 
+import ast
 import base64
 import contextlib
 import os
@@ -12,9 +13,11 @@ import pytest
 import yaml
 
 from deploy.compose import preflight
+from ml.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-PUBLISH = ROOT / "deploy" / "compose" / "publish.yml"
+COMPOSE = ROOT / "deploy" / "compose"
+PUBLISH = COMPOSE / "publish.yml"
 """Changes services of docker-compose.yml and has none of its own."""
 COMPOSE_FILES = [ROOT / "docker-compose.yml", ROOT / "deploy" / "compose" / "remote-worker.yml"]
 DOCKERFILES = sorted((ROOT / "deploy" / "docker").glob("*/Dockerfile"))
@@ -119,8 +122,8 @@ def test_other_hosts_are_let_in_at_an_address_that_was_named():
 def test_what_is_waited_for_can_come_true(name):
     service = SERVICES[name]
     for other, condition in service.get("depends_on", {}).items():
-        awaited = {"service_healthy": True, "service_completed_successfully": False}[condition["condition"]]
-        assert stays(SERVICES[other]) == awaited, (name, other)
+        stays_on = {"service_healthy": True, "service_started": True, "service_completed_successfully": False}
+        assert stays(SERVICES[other]) == stays_on[condition["condition"]], (name, other)
         # A service of a profile is not there for those who start without it.
         assert set(SERVICES[other].get("profiles", [])) <= set(service.get("profiles", [])), (name, other)
 
@@ -131,6 +134,37 @@ def test_nothing_starts_before_the_secrets_were_looked_at():
         return set(direct).union(*map(after, direct))
 
     assert [name for name in SERVICES if name != "preflight" and "preflight" not in after(name)] == []
+
+
+def test_no_older_server_is_left_when_its_tables_change():
+    assert SERVICES["migrations"]["depends_on"]["prediction-server"] == {"condition": "service_started"}
+    # It spools meanwhile, so it waits for nothing that an upgrade makes anew.
+    assert SERVICES["prediction-server"]["depends_on"].keys() == {"preflight"}
+
+
+def test_every_setting_of_the_prediction_server_reaches_it():
+    others = {"PREDICTION_RETENTION_DAYS"}  # the monitor's
+    own = {name.upper() for name in Settings.model_fields if name.startswith(("prediction_", "otel_"))} - others
+    assert own - SERVICES["prediction-server"]["environment"].keys() == set()
+
+
+def test_the_prediction_server_may_take_as_long_to_end_as_it_does():
+    supervisor = ast.parse((ROOT / "deploy" / "server" / "__main__.py").read_text())
+    [seconds] = [
+        ast.literal_eval(statement.value)
+        for statement in supervisor.body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "END_SECONDS"
+    ]
+    assert int(SERVICES["prediction-server"]["stop_grace_period"].removesuffix("s")) > seconds + 5
+
+
+def test_what_a_backup_holds_is_what_a_restore_brings_and_volumes_that_there_are():
+    backed_up = set(re.findall(r"^\s*archive (\w+)", (COMPOSE / "backup").read_text(), re.MULTILINE))
+    restore = (COMPOSE / "restore").read_text()
+    [always] = re.findall(r'^VOLUMES="([a-z ]+)"', restore, re.MULTILINE)
+    [where_there] = re.findall(r"^for name in ([a-z0-9 ]+); do\n.*\.tar", restore, re.MULTILINE)
+    assert backed_up == {*always.split(), *where_there.split()}
+    assert backed_up <= FILES["docker-compose.yml"]["volumes"].keys()
 
 
 def test_every_volume_is_declared_and_used():
