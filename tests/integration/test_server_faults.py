@@ -186,7 +186,7 @@ def test_postgresql_killed_and_back_is_not_felt(server, database, tell):
         database.start()
         answers(tally, 100)
     assert meanwhile > 100
-    assert max(tally.seconds) < 1
+    assert max(tally.seconds) < 2
     check_all_answered_and_logged(server, tally, tell, slowest_ms=round(max(tally.seconds) * 1000))
 
 
@@ -218,7 +218,7 @@ def test_a_worker_killed_under_load_loses_no_answer(server, tell):
         for client in clients:
             client.join()
     assert server.worker() != first
-    assert back < 5
+    assert back < 10
     assert errors == []
     # No more than one request of each caller was under way; who came meanwhile waited.
     assert tally.refused == set()

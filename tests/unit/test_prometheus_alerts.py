@@ -9,6 +9,7 @@ import yaml
 from deploy.server.metrics import ServerMetrics
 from ml.monitoring.batch_writer import LogState
 from ml.serving.batcher import BatcherState
+from ml.serving.hot_swap import FollowerState
 from ml.settings import PROJECT_ROOT
 
 RULES = [
@@ -25,7 +26,7 @@ def having(state):
 @pytest.fixture(scope="module")
 def figures():
     log = having(LogState(1, 2, 3, True, 4, 5, 6, 7, 8, False))
-    follower = having(SimpleNamespace(model=None, swaps=0, failed_swaps=0, challenger=None, failed_challengers=0))
+    follower = having(FollowerState(model=None, failure=None, swaps=0, failed_swaps=0))
     batcher = having(BatcherState(queued=0, running=0, refused={"full": 0, "late": 0}, pace=0.0))
     metrics = ServerMetrics(follower, batcher, having(SimpleNamespace(counts={}, queued=0)), log, log)
     lines = metrics.exposition().decode().splitlines()
