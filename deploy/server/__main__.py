@@ -6,6 +6,7 @@ not load ONNX Runtime, not even indirectly: that starts a thread, which a fork d
 """
 
 import ctypes
+import os
 import resource
 import socket
 
@@ -42,7 +43,13 @@ class _Supervisor(MPServer):
 
     def _init_shared_socket(self) -> None:
         family = socket.getaddrinfo(self.bind_addr, self.bind_port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((self.bind_addr, self.bind_port), family=family, backlog=self.backlog)
+        try:
+            listener = socket.create_server((self.bind_addr, self.bind_port), family=family, backlog=self.backlog)
+        except OSError as error:
+            raise SystemExit(
+                f"The prediction server cannot listen on {self.bind_addr}:{self.bind_port}: {os.strerror(error.errno or 0)}. "
+                "Fix: end what listens there, or set API_HOST and API_PORT to where it may."
+            ) from None
         # What it accepts inherits this.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
         listener.setblocking(False)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,6 +181,17 @@ def python(script):
 def test_the_parent_process_does_not_load_onnx_runtime():
     """It would start a thread before the fork, and a worker would hang at its exit."""
     assert python("import sys, deploy.server.__main__; print('onnxruntime' in sys.modules)") == "False"
+
+
+def test_a_port_that_is_taken_is_told_in_a_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        script = f"from deploy.server.__main__ import listen; listen('no:matter', '127.0.0.1', {port})"
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    said = ended.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"The prediction server cannot listen on 127.0.0.1:{port}: Address already in use. Fix: ")
+    assert "Traceback" not in ended.stderr
 
 
 def test_the_server_works_where_nothing_but_its_own_set_is_installed():
