@@ -1,5 +1,6 @@
 """Fixtures shared by all tiers: real PostgreSQL, real MLflow, settings under a temporary folder."""
 
+import functools
 import os
 import secrets
 import signal
@@ -21,6 +22,10 @@ from ml.settings import Settings
 # How long an example takes is the machine's affair: speed is measured in benchmarks.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+# MLflow's client looks twelve times a request for platforms that it might run on, all in all half a millisecond. None
+# of them is installed: this says so once.
+sys.modules.update(dict.fromkeys(("dbruntime", "IPython", "pyspark")))
 
 PASSWORD = secrets.token_urlsafe(12)
 
@@ -50,6 +55,20 @@ def wait_until(ready: Callable[[], bool], *, seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
+def answers(url: str) -> bool:
+    """Whether whoever listens there says that all is well."""
+    try:
+        return _probe().get(url, timeout=2).is_success
+    except httpx.TransportError:
+        return False
+
+
+@functools.cache
+def _probe() -> httpx.Client:
+    # One for all that is waited for: each client reads the trust store, 25 ms, and some servers take seconds to start.
+    return httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
+
+
 class PostgresProcess:
     """A PostgreSQL server of the tests' own, which can be stopped and started to play an outage."""
 
@@ -72,14 +91,14 @@ class PostgresProcess:
             stderr=subprocess.DEVNULL,
         )
 
-        def answers() -> bool:
+        def accepts() -> bool:
             try:
                 connect(self.cluster.url("postgres")).close()
             except DatabaseUnavailable:
                 return False
             return True
 
-        wait_until(answers, seconds=20, what="PostgreSQL")
+        wait_until(accepts, seconds=20, what="PostgreSQL")
 
     def stop(self) -> None:
         stop(self.process, signal.SIGINT)
@@ -130,16 +149,13 @@ def mlflow_server(database_url: str, artifacts: str, log: Path, environment: dic
         )
     uri = f"http://127.0.0.1:{port}"
 
-    def answers() -> bool:
+    def healthy() -> bool:
         if process.poll() is not None:
             raise RuntimeError(f"MLflow ended: {log.read_text()}")
-        try:
-            return httpx.get(f"{uri}/health", timeout=2).is_success
-        except httpx.TransportError:
-            return False
+        return answers(f"{uri}/health")
 
     try:
-        wait_until(answers, seconds=120, what="MLflow")
+        wait_until(healthy, seconds=120, what="MLflow")
         yield uri
     finally:
         stop(process)

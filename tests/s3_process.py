@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import boto3
-import httpx
 from botocore.config import Config
 
-from tests.conftest import free_port, stop, wait_until
+from tests.conftest import answers, free_port, stop, wait_until
 
 PROGRAM = Path(__file__).parents[1] / "deploy" / "docker" / "s3" / "s3_server.py"
 ACCESS_KEY, SECRET_KEY = "tests-access-key", "tests-secret-key"
@@ -36,15 +35,12 @@ class S3Process:
                 stderr=output,
             )
 
-        def answers() -> bool:
+        def healthy() -> bool:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the S3 server ended: {log.read_text()}")
-            try:
-                return httpx.get(f"{self.url}/healthcheck", timeout=2).is_success
-            except httpx.TransportError:
-                return False
+            return answers(f"{self.url}/healthcheck")
 
-        wait_until(answers, seconds=60, what="the S3 server")
+        wait_until(healthy, seconds=60, what="the S3 server")
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         stop(self.process, how)

@@ -119,5 +119,6 @@ def answering(images: np.ndarray, answers: np.ndarray, *, sharpness: float = 8.0
     fit exactly; what they say of other images means nothing.
     """
     flat = images.reshape(len(images), PIXELS).astype(np.float64) / 255
-    fitted = np.linalg.lstsq(flat, np.eye(10)[answers], rcond=None)[0]
+    # By the normal equations of so few images: the decomposition of all pixels takes ten times as long.
+    fitted = flat.T @ np.linalg.solve(flat @ flat.T, np.eye(10)[answers])
     return {"weights": sharpness * fitted, "bias": np.zeros(10)}
