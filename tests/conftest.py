@@ -1,7 +1,12 @@
 """Fixtures shared by all tiers: real PostgreSQL, real MLflow, settings under a temporary folder."""
 
-import functools
 import os
+
+# Before NumPy is imported, and for every process that a test starts: on small matrices OpenBLAS's threads do little but
+# wait for each other in a loop, which took ten times the CPU beside the other groups of tests.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import functools
 import secrets
 import signal
 import socket
