@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-
 from deploy.server.testing import FOLDER
 from ml.settings import PROJECT_ROOT
-from tests.conftest import free_port, stop, wait_until
+from tests.conftest import answers, free_port, stop, wait_until
 
 FOLDER_SERVER = "deploy.server.testing:serve_folder"
 
@@ -35,10 +33,7 @@ def serving_folder(
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
-        try:
-            return httpx.get(f"{url}/readyz", timeout=2).is_success
-        except httpx.TransportError:
-            return False
+        return answers(f"{url}/readyz")
 
     try:
         wait_until(ready, seconds=60, what=f"the server ({log})")
@@ -88,10 +83,7 @@ def serving(
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()
-        try:
-            return httpx.get(f"{url}/readyz", timeout=2).is_success
-        except httpx.TransportError:
-            return False
+        return answers(f"{url}/readyz")
 
     try:
         wait_until(ready, seconds=90, what="the server")
