@@ -46,9 +46,10 @@ class _Supervisor(MPServer):
         try:
             listener = socket.create_server((self.bind_addr, self.bind_port), family=family, backlog=self.backlog)
         except OSError as error:
+            where, why = f"{self.bind_addr}:{self.bind_port}", os.strerror(error.errno or 0)
             raise SystemExit(
-                f"The prediction server cannot listen on {self.bind_addr}:{self.bind_port}: "
-                f"{os.strerror(error.errno or 0)}. Fix: end what listens there, or set API_HOST and API_PORT to where it may."
+                f"The prediction server cannot listen on {where}: {why}. "
+                "Fix: end what listens there, or set API_HOST and API_PORT to where it may."
             ) from None
         # What it accepts inherits this.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)

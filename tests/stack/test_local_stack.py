@@ -31,6 +31,7 @@ def environment(tmp_path_factory):
             "MLOPS_VAR_DIR": str(folder),
             "CIFAR10_SOURCE": "synthetic",
             "GATE_POLICY": str(quick_policy(folder / "gate.toml")),
+            "INT8_CALIBRATION_IMAGES": "64",
         }
     )
 
