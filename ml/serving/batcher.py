@@ -250,6 +250,7 @@ class Batcher:
                 _hand_out(batch, outcome, started, seconds, size)
                 if self._queued:
                     self._changed.notify_all()
+            del batch, outcome  # else a lane that waits would keep a model in memory that was replaced meanwhile
 
     def _await_work(self) -> bool:
         """Waits for images and a free lane; False when the batcher is closed and nothing is left."""

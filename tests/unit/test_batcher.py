@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -326,3 +327,20 @@ def test_every_request_gets_its_own_rows_in_their_order(requests, lanes):
     assert batcher.state().running == 0
     batcher.close()
     until(lambda: not any(thread.is_alive() for thread in batcher._threads))
+
+
+def test_a_lane_that_waits_keeps_no_model_in_memory():
+    batcher, held, replaced = Batcher(lanes=1), Recorder(held=True), Recorder()
+    first = threading.Thread(target=batcher.predict, args=(held, images(1)))
+    first.start()
+    held.began.acquire()
+    callers = Callers(batcher, replaced)
+    callers.ask("in a lane", images(1))
+    held.gate.set()
+    callers.wait()
+    first.join(20)
+    assert replaced.alone == [True]
+    gone = weakref.ref(replaced)
+    del replaced, callers
+    until(lambda: gone() is None)
+    batcher.close()
