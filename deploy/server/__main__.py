@@ -25,7 +25,7 @@ HEADER_SECONDS = 10
 UNREAD_SECONDS = 20
 """For a client to take what is sent to it: one that reads nothing goes, and with it the memory of its reply."""
 END_SECONDS = 20
-"""For requests in flight when the server is told to end; then what is left is cut off."""
+"""For all that ends with the server, once it is told to: requests in flight first, then the logs."""
 CONNECTIONS = 2048
 """At once; more wait in the backlog, until one of these ends."""
 HEADER_BYTES = 64 << 10

@@ -173,8 +173,8 @@ def settings_of_running(settings: Settings) -> Settings:
 
 def processes(settings: Settings) -> list[psutil.Process]:
     """Every process of the stack, its supervisor included, but never the caller."""
-    # Three traces, since none holds alone: the environment's mark (gunicorn and Airflow overwrite it when they rename
-    # themselves), the process groups in the state file, and descent from a process found by either.
+    # Three traces, since none holds alone: the environment's mark (Airflow overwrites it when it renames
+    # itself), the process groups in the state file, and descent from a process found by either.
     state = _read_state(settings)
     units = state.get("units", {}).values()
     groups = {u["pid"] for u in units if u["pid"] is not None and _is_ours(u["pid"], u["created"])}
