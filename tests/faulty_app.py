@@ -8,7 +8,6 @@ import time
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
-from deploy.server.bodies import MAX_BODY_BYTES
 from deploy.server.bridge import Bridge
 
 BODY_SECONDS = 1.0
@@ -32,4 +31,4 @@ def serve() -> Bridge:
 
     predictions.datetime = Jumping  # type: ignore[misc]
     time.time = lambda: _time() + next(_jumps).total_seconds()
-    return Bridge(wsgi.app, longest_body=MAX_BODY_BYTES, body_seconds=BODY_SECONDS, on_end=wsgi.end)
+    return wsgi.bridge(body_seconds=BODY_SECONDS)

@@ -17,6 +17,9 @@ from ml.serving.batcher import Batcher
 from ml.serving.router import Follower, Router
 from ml.settings import Settings
 
+METRICS = "cifar10_metrics"
+"""Of `Flask.extensions`: the app's figures, for what happens around it."""
+
 
 class _Json(JSONProvider):
     """JSON by orjson: a tenth of the standard library's time."""
@@ -77,6 +80,7 @@ def create_app(
     batcher = batcher or Batcher()
     router = router or Router(follower, batcher)
     metrics = ServerMetrics(follower, batcher, router, log, shadows)
+    app.extensions[METRICS] = metrics
     request_context.register(app, metrics, settings)
     problems.register(app)
     app.register_blueprint(predictions.blueprint(follower, router, log, gate, metrics))

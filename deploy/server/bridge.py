@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 Headers = list[tuple[str, str]]
 Wsgi = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
+BODY_SECONDS = 10.0
+"""From a request's headers to the last byte of its body, where a bridge is told no other time."""
 _SWEEP_EVERY = 0.5
 _SMALL_BODY = 64 << 10
 """Bytes; such bodies are not counted, since there are no more of them than connections."""
@@ -101,6 +103,7 @@ class Bridge:
         capacity: requests at most that have come as a whole and are not answered. One address may have half of what is
             free, so that there is room for others.
         body_bytes: memory for bodies over 64 KiB, from their first byte to the reply; shared in the same way.
+        on_refusal: told the status of each request that is refused before it reaches the app.
         on_end: called once when the server ends in order, after the last reply.
     """
 
@@ -109,16 +112,18 @@ class Bridge:
         app: Wsgi,
         *,
         longest_body: int,
-        body_seconds: float = 10.0,
+        body_seconds: float = BODY_SECONDS,
         threads: int = 256,
         capacity: int = 512,
         body_bytes: int = 128 << 20,
+        on_refusal: Callable[[int], object] = lambda _: None,
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self._app = app
         self._longest_body = longest_body
         self._body_seconds = body_seconds
         self._most_threads = threads
+        self._on_refusal = on_refusal
         self._on_end = on_end
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # All of the following is touched on the event loop only.
@@ -161,6 +166,7 @@ class Bridge:
             reply = await self._work_on(environ, host)
         except _Refused as refused:
             reply = refused.reply
+            self._on_refusal(reply[0])
         finally:
             if counted:
                 self._memory.give(host, counted)

@@ -106,6 +106,10 @@ class ServerMetrics:
         for stage in stages:
             self._stages_of(stage.name).observe(stage.seconds)
 
+    def refused(self, status: int) -> None:
+        """One request refused before it reached a route: its body did not come, or there was no room for it."""
+        self._requests_of("none", "", str(status)).inc()
+
     def predicted(self, class_ids: list[int], version: int, batch: int) -> None:
         """Images of one request predicted by one version, in a batch of that size."""
         self._batches.observe(batch)

@@ -10,9 +10,9 @@ from functools import partial
 # Where it is installed, MLflow's client loads it: half a second and fifty megabytes that nothing here has a use for.
 sys.modules["pandas"] = None  # type: ignore[assignment]
 
-from deploy.server.app import create_app
+from deploy.server.app import METRICS, create_app
 from deploy.server.bodies import MAX_BODY_BYTES
-from deploy.server.bridge import Bridge
+from deploy.server.bridge import BODY_SECONDS, Bridge
 from deploy.server.json_logging import configure
 from deploy.server.registry_source import RegistrySource
 from ml.monitoring.prediction_log import PredictionLog
@@ -54,4 +54,12 @@ _shadows.start()
 _router.start()
 # Callers wait in the socket's backlog meanwhile: where a worker was replaced, they then get an answer and not a 503.
 _follower.start(patience=2)
-server = Bridge(app, longest_body=MAX_BODY_BYTES, on_end=end)
+
+
+def bridge(body_seconds: float = BODY_SECONDS) -> Bridge:
+    """The app behind its connections."""
+    refused = app.extensions[METRICS].refused
+    return Bridge(app, longest_body=MAX_BODY_BYTES, body_seconds=body_seconds, on_refusal=refused, on_end=end)
+
+
+server = bridge()

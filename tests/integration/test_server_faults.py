@@ -387,6 +387,7 @@ def test_slow_clients_and_a_jumping_clock_cost_nobody_an_answer(database, tmp_pa
         statuses = {reply.split(b" ", 2)[1] for reply in replies}
         assert statuses == {b"408"}
         assert all(b"application/problem+json" in reply for reply in replies)
+        assert server.figure('http_requests_total{method="",route="none",status="408"}') == 300
         for connection in unread:
             with connection, pytest.raises(ConnectionResetError):
                 read_all(connection)

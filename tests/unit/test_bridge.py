@@ -228,8 +228,10 @@ def test_one_address_gets_half_of_the_turns_and_others_the_rest():
         await asyncio.gather(*tasks)
         await made.__rsgi__(scope(), late)
 
-    served(app, play, capacity=8)
+    refused = []
+    served(app, play, capacity=8, on_refusal=refused.append)
     assert [channel.status for channel in asked] == [201] * 4 + [503] * 2
+    assert refused == [503] * 2
     assert asked[-1].headers["retry-after"] == "1"
     assert "busy" in asked[-1].problem["detail"]
     assert (other.status, late.status) == (201, 201)
