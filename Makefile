@@ -3,9 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PYTEST := $(BIN)/python -m pytest
+# Of the integration tests: those of the prediction server, of its logs, and of what reads them.
+SERVER_TESTS := $(wildcard $(addprefix tests/integration/test_,hot_swap*.py malformed*.py monitor.py openapi*.py pred*.py \
+	s3*.py server*.py shadow*.py tracing.py windows.py))
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo up down env images test test-quick test-services test-stack test-model compose-test check format \
+.PHONY: help install demo up down env images test test-quick test-services test-server test-stack test-model compose-test check format \
 	clean requirements bench bench-train bench-serve bench-soak
 .DEFAULT_GOAL := help
 
@@ -39,16 +42,19 @@ env: ## Write .env for the stack in containers: a random value for each secret t
 images: ## Build the images of the stack in containers
 	GIT_SHA=$$(git rev-parse HEAD 2>/dev/null || echo unknown) COMPOSE_PROFILES=celery,s3 $(COMPOSE) build
 
-# Three groups at a time: much of their time they wait, for a start, a retry or an outage to end. The model's tests begin
-# when the quick ones have ended.
+# Four groups at a time: much of their time they wait, for a start, a retry or an outage to end. The model's tests begin
+# when the first of them has ended.
 test: $(INSTALLED) ## All tests, quick ones first
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=line test-quick test-services test-stack test-model
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-quick test-services test-server test-stack test-model
 
 test-quick: $(INSTALLED)
 	$(PYTEST) tests/architecture tests/unit tests/dags tests/browser
 
 test-services: $(INSTALLED)
-	$(PYTEST) tests/integration
+	$(PYTEST) $(filter-out $(SERVER_TESTS),$(wildcard tests/integration/test_*.py))
+
+test-server: $(INSTALLED)
+	$(PYTEST) $(SERVER_TESTS)
 
 test-stack: $(INSTALLED)
 	$(PYTEST) tests/stack
