@@ -170,7 +170,8 @@ def test_a_server_that_dies_is_counted_as_errors(loop):
         outcome = load.closed(1, 0.4) if loop == "closed" else load.open(50, 0.6, seed=2)
     require_sums(outcome)
     assert outcome.ok == 10
-    assert outcome.errors["broken"] == 1  # the one that was out
+    # The one that was out; in an open loop several may be, since nobody waits for an answer to ask again.
+    assert outcome.errors["broken"] == 1 if loop == "closed" else outcome.errors["broken"] >= 1
     assert outcome.errors["refused"] >= 2
 
 
