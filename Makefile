@@ -42,10 +42,10 @@ env: ## Write .env for the stack in containers: a random value for each secret t
 images: ## Build the images of the stack in containers
 	GIT_SHA=$$(git rev-parse HEAD 2>/dev/null || echo unknown) COMPOSE_PROFILES=celery,s3 $(COMPOSE) build
 
-# Four groups at a time: much of their time they wait, for a start, a retry or an outage to end. The model's tests begin
-# when the first of them has ended.
+# Three groups at a time: much of their time they wait, for a start, a retry or an outage to end. The server's and
+# the model's begin when the first two have ended.
 test: $(INSTALLED) ## All tests, quick ones first
-	@$(MAKE) --no-print-directory --jobs=4 --output-sync=line test-quick test-services test-server test-stack test-model
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=line test-quick test-services test-stack test-server test-model
 
 test-quick: $(INSTALLED)
 	$(PYTEST) tests/architecture tests/unit tests/dags tests/browser
