@@ -10,7 +10,6 @@ import asyncio
 import io
 import json
 import logging
-import math
 import queue
 import sys
 import threading
@@ -19,6 +18,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 from uuid import uuid4
+
+from deploy.server.problems import CONTENT_TYPE, document
+from deploy.server.request_context import HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -286,18 +288,11 @@ def _called(app: Wsgi, environ: dict[str, Any]) -> tuple[int, Headers, bytes]:
     return status, headers, body
 
 
-def _problem(status: int, title: str, detail: str, retry_after: float = 1) -> tuple[int, Headers, bytes]:
-    """As `deploy.server.problems` says it, of what never reached the app."""
-    request_id = str(uuid4())
-    body = {
-        "type": f"urn:cifar10:problem:{title.lower().replace(' ', '-')}",
-        "title": title,
-        "status": status,
-        "detail": f"{detail} Fix: send it again.",
-        "instance": f"urn:uuid:{request_id}",
-        "request_id": request_id,
-    }
-    headers = [("content-type", "application/problem+json"), ("x-request-id", request_id)]
+def _problem(status: int, title: str, detail: str) -> tuple[int, Headers, bytes]:
+    """Of what never reached the app."""
+    request_id, kind = str(uuid4()), title.lower().replace(" ", "-")
+    body = document(status, title, f"{detail} Fix: send it again.", kind=kind, request_id=request_id)
+    headers = [("content-type", CONTENT_TYPE), ("x-request-id", request_id), *HEADERS]
     if status == 503:
-        headers.append(("retry-after", str(math.ceil(retry_after))))
+        headers.append(("retry-after", "1"))
     return status, headers, json.dumps(body).encode()

@@ -78,11 +78,14 @@ class GatheredLines(logging.StreamHandler[TextIO]):
 
     def flush(self) -> None:
         """Writes what is kept."""
-        with self.lock or threading.RLock():
+        self.acquire()  # which `emit` runs under as well
+        try:
             lines, self._lines = self._lines, []
             if lines:
                 self.stream.write("".join(lines))
             super().flush()
+        finally:
+            self.release()
 
     def _write_now_and_then(self) -> None:
         while True:

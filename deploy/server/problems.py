@@ -67,17 +67,21 @@ _HTTP_FIXES = {
 }
 
 
-def problem(status: int, title: str, detail: str, *, kind: str) -> Response:
-    """A problem document as a response."""
-    said_id = visit().said_id
-    body = {
+def document(status: int, title: str, detail: str, *, kind: str, request_id: str) -> dict[str, object]:
+    """A problem document, whichever part of the server it comes from."""
+    return {
         "type": f"urn:cifar10:problem:{kind}",
         "title": title,
         "status": status,
         "detail": detail,
-        "instance": f"urn:uuid:{said_id}",
-        "request_id": said_id,
+        "instance": f"urn:uuid:{request_id}",
+        "request_id": request_id,
     }
+
+
+def problem(status: int, title: str, detail: str, *, kind: str) -> Response:
+    """A problem document as a response."""
+    body = document(status, title, detail, kind=kind, request_id=visit().said_id)
     response = Response(json.dumps(body), status, content_type=CONTENT_TYPE)
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)

@@ -11,6 +11,7 @@ import pytest
 
 from deploy.server import bridge
 from deploy.server.bridge import Bridge
+from deploy.server.request_context import HEADERS
 
 LONGEST = 200_000
 
@@ -67,6 +68,7 @@ class Channel:
         said = json.loads(self.body)
         assert said["status"] == self.status
         assert said["request_id"] == self.headers["x-request-id"]
+        assert dict(HEADERS).items() <= self.headers.items()
         return said
 
 
