@@ -82,7 +82,8 @@ class Settings(BaseSettings):
 
     # Predicting.
     prediction_cores: int = Field(2, ge=1)
-    """Cores that the prediction server predicts with: all of them a request that is alone, else each a batch."""
+    """Cores that the prediction server predicts with: all of them a request that is alone, else each a batch. With as
+    many the gate times a model."""
     prediction_deadline_seconds: float = Field(5, gt=0)
     """What cannot be answered within that time is refused with 503, at once where it can be told."""
 

@@ -21,8 +21,6 @@ from ml.errors import InputInvalid, ModelInvalid
 
 logger = logging.getLogger(__name__)
 
-SERVER_THREADS = 2
-"""Cores that the server predicts with, where its setting names no other number."""
 CHUNK = 128
 """Images handed to the session at once: bounds VGG16's activations to some 200 MB; more is not faster on a CPU."""
 
@@ -123,7 +121,7 @@ class ServingEngine:
 
     _WARM = (1, 2, 4, 8, 16, 32)
 
-    def __init__(self, onnx_path: Path, cores: int = SERVER_THREADS) -> None:
+    def __init__(self, onnx_path: Path, cores: int = 2) -> None:
         self._together = Engine(onnx_path, threads=cores, warm=self._WARM)
         self._apart = Engine(onnx_path, threads=1, warm=self._WARM) if cores > 1 else self._together
         _give_back_memory()

@@ -13,7 +13,7 @@ from ml.errors import ConfigurationError, InputInvalid, ModelInvalid, ModelNotFo
 from ml.evaluation.engine_choice import EngineChoice, EngineName, Latency, choose_engine, compare_engines
 from ml.evaluation.gate_policy import Int8, load_policy
 from ml.registry.versions import FP32, INT8, TAG_ENGINE, TAG_ENGINE_REASON, TAG_INT8, ModelVersion, Registry
-from ml.serving.engine import SERVER_THREADS, Engine
+from ml.serving.engine import Engine
 from ml.settings import Settings
 from ml.workflows.exam import Exam, answers, fetch_onnx, load_exam
 
@@ -40,7 +40,7 @@ def choose(
     try:
         paths = {form: fetch_onnx(registry, settings, version, form) for form in (FP32, INT8)}
         said = {form: answers(Engine(path), version, form, exam) for form, path in paths.items()}
-        latencies = latency_in_turns(paths[FP32], paths[INT8], exam.clean.images)
+        latencies = latency_in_turns(paths[FP32], paths[INT8], exam.clean.images, cores=settings.prediction_cores)
         found = compare_engines(exam.clean.labels, said[FP32], said[INT8], latencies, confidence=policy.confidence)
     except (ModelInvalid, ModelNotFound, InputInvalid) as error:
         # Of the float32 form, too: what is wrong with that one its own measurement finds, and refuses it.
@@ -85,13 +85,13 @@ def set_engine(settings: Settings, version: int, engine: EngineName) -> dict[str
     return {"version": version, "engine": engine, "reason": reason}
 
 
-def latency_in_turns(fp32: Path, int8: Path, images: np.ndarray) -> tuple[Latency, Latency]:
-    """Of one image at a time with as many threads as the server has: in turns, so that both meet the same load.
+def latency_in_turns(fp32: Path, int8: Path, images: np.ndarray, *, cores: int) -> tuple[Latency, Latency]:
+    """Of one image at a time on as many cores as the server has: in turns, so that both meet the same load.
 
     Raises:
         ModelInvalid: one of them cannot be used.
     """
-    engines = [Engine(path, threads=SERVER_THREADS) for path in (fp32, int8)]
+    engines = [Engine(path, threads=cores) for path in (fp32, int8)]
     times: list[list[float]] = [[], []]
     for turn in range(-_WARM_UP, _TURNS):
         image = images[turn % len(images)][None]

@@ -45,7 +45,7 @@ from ml.registry.versions import (
     form_of,
 )
 from ml.serving.decoding import EncodedImage, decode_images
-from ml.serving.engine import SERVER_THREADS, Engine, graph_signature
+from ml.serving.engine import Engine, graph_signature
 from ml.settings import PROJECT_ROOT, Settings
 from ml.workflows.training_choice import use_backend
 
@@ -74,7 +74,7 @@ def inspect_version(settings: Settings, version: int, engine: EngineName | None 
     The files come from the registry into an empty folder, which goes afterwards. Imports Keras.
 
     Args:
-        settings: where registry and datasets are, the gate's policy, and what Keras computes with.
+        settings: where registry and datasets are, the gate's policy, what Keras computes with, and the server's cores.
         version: its number.
         engine: `fp32` or `int8`, which of its forms; None: the one in which it serves.
 
@@ -98,7 +98,16 @@ def inspect_version(settings: Settings, version: int, engine: EngineName | None 
     images = load_split(settings.data_url, found.dataset_id, "test", limit=few).images
     use_backend(settings.keras_backend)
     with tempfile.TemporaryDirectory(prefix="inspect-") as folder:
-        checks = _Inspection(registry, found, form, policy=policy, images=images, folder=Path(folder)).checks()
+        inspection = _Inspection(
+            registry,
+            found,
+            form,
+            policy=policy,
+            images=images,
+            folder=Path(folder),
+            cores=settings.prediction_cores,
+        )
+        checks = inspection.checks()
     for check in checks:
         logger.info("%s %s: %s", "holds" if check.holds else "FAILS", check.name, check.says)
     return {
@@ -154,6 +163,7 @@ class _Inspection:
         policy: GatePolicy,
         images: np.ndarray,
         folder: Path,
+        cores: int,
     ) -> None:
         self._registry = registry
         self._version = version
@@ -162,6 +172,7 @@ class _Inspection:
         self._int8 = policy.int8
         self._images = images
         self._folder = folder
+        self._cores = cores
         self._files: dict[str, Path] = {}
         self._engine: Engine | None = None
         self._answers_of_engine = np.empty((0, NUM_CLASSES), np.float32)
@@ -209,7 +220,7 @@ class _Inspection:
         return _Found(holds=True, says=f"{_in_words(_SIGNATURE)}, by MLmodel and by the graph")
 
     def _answers(self) -> "_Found":
-        engine = Engine(self._file(self._form.onnx), threads=SERVER_THREADS)
+        engine = Engine(self._file(self._form.onnx), threads=self._cores)
         rows = engine.predict(self._images)
         if rows.min() < -1e-6 or not np.allclose(rows.sum(axis=1), 1, atol=1e-3):
             return _Found(holds=False, says=f"answers {len(rows)} test images with rows that are no probabilities")
@@ -225,7 +236,7 @@ class _Inspection:
         by_onnx, holds, more = self._answers_of_engine, True, ""
         if self._form is INT8:
             # Keras knows no int8: it is held to float32's ONNX file, and that one's answers to int8's.
-            by_onnx = Engine(self._file(FP32.onnx), threads=SERVER_THREADS).predict(self._images)
+            by_onnx = Engine(self._file(FP32.onnx), threads=self._cores).predict(self._images)
             same = float((by_onnx.argmax(axis=1) == self._answers_of_engine.argmax(axis=1)).mean())
             holds = same >= self._int8.agreement
             more = f"; int8 takes {same:.4f} of them for the same class, at least {self._int8.agreement:g} wanted"
@@ -271,7 +282,7 @@ class _Inspection:
         slow = float(np.percentile(times, 95)) * 1000
         return _Found(
             holds=slow <= self._policy.p95_latency_ms,
-            says=f"{slow:.2f} ms at the 95th percentile of {_TIMED} images, one at a time with {SERVER_THREADS} "
+            says=f"{slow:.2f} ms at the 95th percentile of {_TIMED} images, one at a time with {self._cores} "
             f"threads, at most {self._policy.p95_latency_ms:g} ms wanted",
             figure=slow,
         )
@@ -347,6 +358,7 @@ def _environment(settings: Settings, folder: str) -> dict[str, str]:
         "MLOPS_DATA_URL": settings.data_url,
         "GATE_POLICY": str(settings.gate_policy),
         "KERAS_BACKEND": settings.keras_backend,
+        "PREDICTION_CORES": str(settings.prediction_cores),
         # Nothing cached reaches it, and what it leaves when it is killed goes with the folder.
         "MLOPS_VAR_DIR": folder,
         "TMPDIR": folder,
