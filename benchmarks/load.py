@@ -146,6 +146,8 @@ class Load:
             now = time.perf_counter_ns()
             while index < len(due) and idle and began + due[index] <= now:
                 connection = idle.pop()
+                if self._is_ended(connection):
+                    self._close(connection)
                 if not self._send(connection, began + due[index]):
                     idle.insert(0, connection)
                 index += 1
@@ -176,6 +178,17 @@ class Load:
         connection.since, connection.out = since, True
         self._out += 1
         return True
+
+    def _is_ended(self, connection: _Connection) -> bool:
+        """Whether the server ended it while it rested, as it may: then a request goes out on a new one."""
+        if connection.socket is None:
+            return False
+        try:
+            return connection.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _receive(self, connection: _Connection) -> bool:
         """Takes what came; whether that ended the request that was out on it, by an answer or by an error."""

@@ -198,7 +198,9 @@ def test_an_answer_may_come_in_pieces_and_end_its_connection():
 
 def test_a_connection_that_the_server_ends_while_it_rests_is_no_failed_request():
     def end(stream, *_):
-        stream.sendall(ANSWER)
+        # Held back until the connection is closed, so that the answer and its end arrive together: were the end later,
+        # a request could meet it under way, and that one has failed.
+        stream.sendall(ANSWER, socket.MSG_MORE)
         return True
 
     with behaving(end) as address:
