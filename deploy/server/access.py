@@ -7,9 +7,10 @@ that the laptop's browser happens to show (DNS rebinding, cross-site forms). Whe
 
 import time
 from functools import lru_cache
+from typing import Any
 from urllib.parse import urlsplit
 
-from flask import Request, request
+from flask import request
 
 from deploy.server.exposure import is_loopback
 from deploy.server.key_ring import Caller, KeyRing
@@ -41,18 +42,20 @@ class Gate:
         """Whether callers need a key."""
         return self._asks
 
-    def check(self, request: Request) -> Caller:
-        """Who calls. Raises NotAuthorised, with what to do about it, for a caller that may not pass."""
-        return self._holder(request) if self._asks else self._neighbour(request)
+    def check(self, environ: dict[str, Any]) -> Caller:
+        """Who calls, by a request's WSGI environment. Raises NotAuthorised, with what to do about it, for a caller that
+        may not pass.
+        """
+        return self._holder(environ) if self._asks else self._neighbour(environ)
 
     def enter(self) -> None:
         """Checks the present request and keeps who it is from in its `Visit`."""
-        visit().caller = self.check(request)
+        visit().caller = self.check(request.environ)
 
     def enter_metered(self) -> None:
         """As `enter`; raises RateLimited where the caller has nothing left, so that its body need not be read."""
         here = visit()
-        here.caller = self.check(request)
+        here.caller = self.check(request.environ)
         self._take(here.caller, 1, kept=False)
 
     def charge(self, here: Visit, images: int) -> None:
@@ -72,8 +75,8 @@ class Gate:
                 retry_after=seconds,
             )
 
-    def _holder(self, request: Request) -> Caller:
-        given = _given_key(request)
+    def _holder(self, environ: dict[str, Any]) -> Caller:
+        given = _given_key(environ)
         if given is None:
             raise NotAuthorised("This server asks for a key.", fix=_SEND_A_KEY)
         caller = self._ring.caller(given)
@@ -81,8 +84,7 @@ class Gate:
             raise NotAuthorised("The key is not one of this server's.", fix=_SEND_A_KEY)
         return caller
 
-    def _neighbour(self, request: Request) -> Caller:
-        environ = request.environ
+    def _neighbour(self, environ: dict[str, Any]) -> Caller:
         forwarded = "HTTP_X_FORWARDED_FOR" in environ or "HTTP_FORWARDED" in environ
         return self._neighbour_of(
             environ.get("REMOTE_ADDR") or "", environ.get("HTTP_HOST", ""), environ.get("HTTP_ORIGIN"), forwarded
@@ -103,11 +105,11 @@ class Gate:
         return Caller(address)
 
 
-def _given_key(request: Request) -> bytes | None:
-    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+def _given_key(environ: dict[str, Any]) -> bytes | None:
+    scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     if scheme.lower() == "bearer" and credentials.strip():
         return _raw(credentials)
-    key = request.headers.get("X-API-Key", "").strip()
+    key = environ.get("HTTP_X_API_KEY", "").strip()
     return _raw(key) if key else None
 
 

@@ -11,14 +11,15 @@ from deploy.server import openapi, operations, page, predictions, problems, requ
 from deploy.server.access import Gate
 from deploy.server.bodies import MAX_BODY_BYTES
 from deploy.server.exposure import check_exposure
+from deploy.server.fast_path import FastPath
 from deploy.server.metrics import HasLogState, ServerMetrics
 from deploy.server.predictions import Log
-from ml.serving.batcher import Batcher
 from ml.serving.router import Follower, Router
 from ml.settings import Settings
 
 METRICS = "cifar10_metrics"
-"""Of `Flask.extensions`: the app's figures, for what happens around it."""
+FAST_PATH = "cifar10_fast_path"
+"""Of `Flask.extensions`: the app's figures, and its short cut, for what stands between it and its callers."""
 
 
 class _Json(JSONProvider):
@@ -53,7 +54,6 @@ def create_app(
     *,
     follower: Follower,
     log: Log,
-    batcher: Batcher | None = None,
     router: Router | None = None,
     shadows: HasLogState | None = None,
 ) -> Flask:
@@ -63,7 +63,6 @@ def create_app(
         settings: keys and address.
         follower: gives the model that answers.
         log: takes predictions and feedback.
-        batcher: predicts the images of several requests together; where none is given, one of its own.
         router: answers by `follower`'s models; where none is given, one that keeps nothing of what it mirrors.
         shadows: the log that `router` records in, for its figures.
 
@@ -77,11 +76,12 @@ def create_app(
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1
     app.url_map.merge_slashes = False  # no redirects: //v1/predict is nothing
     gate = Gate(settings)
-    batcher = batcher or Batcher()
-    router = router or Router(follower, batcher)
-    metrics = ServerMetrics(follower, batcher, router, log, shadows)
+    router = router or Router(follower)
+    metrics = ServerMetrics(follower, router.batcher, router, log, shadows)
     app.extensions[METRICS] = metrics
-    request_context.register(app, metrics, settings)
+    reporter = request_context.Reporter(metrics, settings.otel_exporter_otlp_endpoint)
+    app.extensions[FAST_PATH] = FastPath(router, log=log, gate=gate, metrics=metrics, reporter=reporter)
+    request_context.register(app, reporter)
     problems.register(app)
     app.register_blueprint(predictions.blueprint(follower, router, log, gate, metrics))
     app.register_blueprint(operations.blueprint(follower, router, gate, metrics))

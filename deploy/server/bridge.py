@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 from uuid import uuid4
@@ -25,6 +25,7 @@ from deploy.server.request_context import HEADERS
 logger = logging.getLogger(__name__)
 
 Headers = list[tuple[str, str]]
+Reply = tuple[int, Headers, bytes]
 Wsgi = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 BODY_SECONDS = 10.0
@@ -58,6 +59,15 @@ class _Channel(Protocol):
 
     def response_bytes(self, status: int, headers: Headers, body: bytes) -> None:
         """Answers."""
+
+
+class FastPath(Protocol):
+    """As `deploy.server.fast_path.FastPath`."""
+
+    deadline: float
+
+    def begin(self, environ: dict[str, Any], end: Callable[[Reply | None], object]) -> Callable[[], None] | None:
+        """Begins to answer, or leaves it to the app."""
 
 
 class _Refused(Exception):
@@ -104,6 +114,7 @@ class Bridge:
         threads: requests that the app works on at once; threads are started as they are needed.
         capacity: requests at most that have come as a whole and are not answered. One address may have half of what is
             free, so that there is room for others.
+        fast_path: is asked first, and answers requests without a thread that waits for them, where it can.
         body_bytes: memory for bodies over 64 KiB, from their first byte to the reply; shared in the same way.
         on_refusal: told the status of each request that is refused before it reaches the app.
         on_end: called once when the server ends in order, after the last reply.
@@ -114,6 +125,7 @@ class Bridge:
         app: Wsgi,
         *,
         longest_body: int,
+        fast_path: FastPath | None = None,
         body_seconds: float = BODY_SECONDS,
         threads: int = 256,
         capacity: int = 512,
@@ -123,11 +135,15 @@ class Bridge:
     ) -> None:
         self._app = app
         self._longest_body = longest_body
+        self._fast_path = fast_path
         self._body_seconds = body_seconds
         self._most_threads = threads
         self._on_refusal = on_refusal
         self._on_end = on_end
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Requests that ended on the fast path, on any thread: many that end together cost the loop one wake.
+        self._ended: deque[tuple[asyncio.Future[bool], bool]] = deque()
+        self._told = False
         # All of the following is touched on the event loop only.
         self._threads: list[threading.Thread] = []
         self._turns = _Room(capacity)
@@ -165,14 +181,15 @@ class Bridge:
                 counted = await self._read(channel, environ, host)
             else:
                 environ["wsgi.input"] = io.BytesIO()
-            reply = await self._work_on(environ, host)
+            reply = await self._work_on(environ, host, channel)
         except _Refused as refused:
             reply = refused.reply
             self._on_refusal(reply[0])
         finally:
             if counted:
                 self._memory.give(host, counted)
-        channel.response_bytes(*reply)
+        if reply is not None:
+            channel.response_bytes(*reply)
 
     async def _read(self, channel: _Channel, environ: dict[str, Any], host: str) -> int:
         """Puts the body into `environ`; says how many bytes of it count in `_memory`."""
@@ -211,14 +228,50 @@ class Bridge:
         environ["wsgi.input"] = io.BytesIO(body)
         return counted
 
-    async def _work_on(self, environ: dict[str, Any], host: str) -> tuple[int, Headers, bytes]:
+    async def _work_on(self, environ: dict[str, Any], host: str, channel: _Channel) -> Reply | None:
+        """The reply; None where it was given already."""
         self._turns.take(host)
         try:
-            done: asyncio.Future[tuple[int, Headers, bytes]] = self._loop.create_future()
+            if self._fast_path is not None and await self._answer_fast(self._fast_path, environ, channel):
+                return None
+            done: asyncio.Future[Reply] = self._loop.create_future()
             self._hand_on(environ, done)
             return await done
         finally:
             self._turns.give(host)
+
+    async def _answer_fast(self, fast_path: FastPath, environ: dict[str, Any], channel: _Channel) -> bool:
+        """Whether it was answered; else the app is to."""
+        done: asyncio.Future[bool] = self._loop.create_future()
+
+        def end(reply: Reply | None) -> None:
+            try:
+                if reply is not None:
+                    # From whichever thread this is: the way over the loop would take another tenth of a millisecond.
+                    channel.response_bytes(*reply)
+            except Exception:
+                logger.exception("A reply could not be given")
+            finally:
+                self._ended.append((done, reply is not None))
+                if not self._told:
+                    self._told = True
+                    self._loop.call_soon_threadsafe(self._end)
+
+        give_up = fast_path.begin(environ, end)
+        if give_up is None:
+            return False
+        timer = self._loop.call_later(fast_path.deadline, give_up)
+        try:
+            return await done
+        finally:
+            timer.cancel()
+
+    def _end(self) -> None:
+        self._told = False  # first: whoever ends from here on tells again
+        while self._ended:
+            done, answered = self._ended.popleft()
+            if not done.done():  # the client may have gone
+                done.set_result(answered)
 
     def _send_slow_clients_away(self) -> None:
         now = time.monotonic()
@@ -245,7 +298,7 @@ class Bridge:
             environ[key] = f"{environ[key]},{value}" if key in environ else value
         return environ
 
-    def _hand_on(self, environ: dict[str, Any], done: "asyncio.Future[tuple[int, Headers, bytes]]") -> None:
+    def _hand_on(self, environ: dict[str, Any], done: "asyncio.Future[Reply]") -> None:
         self._at_work += 1
         if self._at_work > len(self._threads) < self._most_threads:
             thread = threading.Thread(target=self._run, name=f"request-{len(self._threads)}", daemon=True)
@@ -257,7 +310,7 @@ class Bridge:
         while (task := self._work.get()) is not None:
             task()
 
-    def _call(self, environ: dict[str, Any], done: "asyncio.Future[tuple[int, Headers, bytes]]") -> None:
+    def _call(self, environ: dict[str, Any], done: "asyncio.Future[Reply]") -> None:
         try:
             reply = _called(self._app, environ)
         except Exception:
@@ -265,13 +318,13 @@ class Bridge:
             reply = _problem(500, "The server failed", "The server failed on this request. Send it again.")
         self._loop.call_soon_threadsafe(self._finish, done, reply)
 
-    def _finish(self, done: "asyncio.Future[tuple[int, Headers, bytes]]", reply: tuple[int, Headers, bytes]) -> None:
+    def _finish(self, done: "asyncio.Future[Reply]", reply: Reply) -> None:
         self._at_work -= 1
         if not done.done():  # the client may have gone
             done.set_result(reply)
 
 
-def _called(app: Wsgi, environ: dict[str, Any]) -> tuple[int, Headers, bytes]:
+def _called(app: Wsgi, environ: dict[str, Any]) -> Reply:
     status, headers = 500, []
 
     def start_response(line: str, given: Headers, exc_info: object = None) -> None:  # noqa: ARG001 - by PEP 3333
@@ -288,7 +341,7 @@ def _called(app: Wsgi, environ: dict[str, Any]) -> tuple[int, Headers, bytes]:
     return status, headers, body
 
 
-def _problem(status: int, title: str, detail: str) -> tuple[int, Headers, bytes]:
+def _problem(status: int, title: str, detail: str) -> Reply:
     """Of what never reached the app."""
     request_id, kind = str(uuid4()), title.lower().replace(" ", "-")
     body = document(status, title, f"{detail} Fix: send it again.", kind=kind, request_id=request_id)

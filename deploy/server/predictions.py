@@ -15,11 +15,12 @@ from deploy.server.access import Gate
 from deploy.server.bodies import check_query, images_of, json_of
 from deploy.server.metrics import ServerMetrics
 from deploy.server.openapi import Reply, describes
-from deploy.server.request_context import Visit, visit
+from deploy.server.request_context import Stage, Visit, visit
 from ml.datasets.labels import CLASS_NAMES
 from ml.errors import InputInvalid
 from ml.monitoring.batch_writer import LogState
 from ml.monitoring.prediction_log import LoggedPrediction
+from ml.serving.batcher import Answer
 from ml.serving.decoding import images_from_mlflow
 from ml.serving.hot_swap import LoadedModel
 from ml.serving.router import Follower, Router
@@ -52,26 +53,8 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
         gate.charge(here, len(images))
         with here.stage("predict") as predicting:
             model, answer = router.predict(here.request_id, images, here.caller.name)
-            predicting.attributes = {"cifar10.model.version": model.version, "cifar10.batch.size": answer.batch}
-        probabilities = answer.probabilities
-        here.images = len(images)
-        metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version, answer.batch)
-        # Within the stage before: of its time, that in line and that in the engine.
-        computing = predicting.started + predicting.seconds - answer.computed
-        here.add_stage("queue", computing - answer.waited, answer.waited)
-        here.add_stage("engine", computing, answer.computed)
-        with here.stage("log"):
-            log.append(
-                LoggedPrediction(
-                    request_id=here.request_id,
-                    created_at=datetime.now(UTC),
-                    model_name=model.name,
-                    model_version=model.version,
-                    probabilities=probabilities,
-                    images=images,
-                )
-            )
-        return model, probabilities
+        note_prediction(here, predicting, model, answer, images, log=log, metrics=metrics)
+        return model, answer.probabilities
 
     @routes.post("/v1/predict")
     @describes(
@@ -94,8 +77,7 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
         if with_image:
             for prediction, image in zip(predictions, images, strict=True):
                 prediction["image"] = _png(image)
-        said = messages.Predictions(request_id=here.said_id, model=model_json(model), predictions=predictions)
-        return jsonify(said)
+        return jsonify(predictions_json(here, model, predictions))
 
     @routes.post("/invocations")
     @describes(
@@ -135,12 +117,49 @@ def blueprint(follower: Follower, router: Router, log: Log, gate: Gate, metrics:
     return routes
 
 
+def note_prediction(
+    here: Visit,
+    predicting: Stage,
+    model: LoadedModel,
+    answer: Answer,
+    images: np.ndarray,
+    *,
+    log: Log,
+    metrics: ServerMetrics,
+) -> None:
+    """Keeps what was predicted, before its caller is told: in the log, in the figures, and in the request's stages."""
+    probabilities = answer.probabilities
+    here.images = len(images)
+    predicting.attributes = {"cifar10.model.version": model.version, "cifar10.batch.size": answer.batch}
+    metrics.predicted(probabilities.argmax(axis=1).tolist(), model.version, answer.batch)
+    # Within the stage before: of its time, that in line and that in the engine.
+    computing = predicting.started + predicting.seconds - answer.computed
+    here.add_stage("queue", computing - answer.waited, answer.waited)
+    here.add_stage("engine", computing, answer.computed)
+    with here.stage("log"):
+        log.append(
+            LoggedPrediction(
+                request_id=here.request_id,
+                created_at=datetime.now(UTC),
+                model_name=model.name,
+                model_version=model.version,
+                probabilities=probabilities,
+                images=images,
+            )
+        )
+
+
 def model_json(model: LoadedModel) -> messages.Model:
     """How a reply names the model. That it never learnt from real weights is said where it is so."""
     said = messages.Model(name=model.name, version=model.version, alias=model.alias, data=model.data)
     if model.weights == RANDOM_WEIGHTS:
         said["weights"] = RANDOM_WEIGHTS
     return said
+
+
+def predictions_json(here: Visit, model: LoadedModel, predictions: list[messages.Prediction]) -> messages.Predictions:
+    """The whole reply of /v1/predict."""
+    return messages.Predictions(request_id=here.said_id, model=model_json(model), predictions=predictions)
 
 
 def prediction_json(probabilities: np.ndarray) -> messages.Prediction:

@@ -13,7 +13,6 @@ from flask import Flask, Response, g, request
 
 from deploy.server.key_ring import NOBODY
 from deploy.server.metrics import ServerMetrics
-from ml.settings import Settings
 
 access = logging.getLogger("deploy.server.access")
 
@@ -30,7 +29,9 @@ HEADERS = (
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Permissions-Policy", "camera=(), microphone=(), geolocation=()"),
 )
-_HEADERS_OF_WHAT_CHANGES = (*HEADERS, ("Cache-Control", "no-store"))
+HEADERS_OF_WHAT_CHANGES = (*HEADERS, ("Cache-Control", "no-store"))
+FAILURE = "cifar10.failure"
+"""In a request's environment: why it could not be answered on the fast path; the app says so to its caller."""
 _SAID_ID = "cifar10.request_id"
 _QUIET_ROUTES = {"/healthz", "/readyz", "/ping", "/metrics"}
 
@@ -92,46 +93,60 @@ def visit() -> Visit:
 class Recorder(Protocol):
     """As `deploy.server.tracing.Tracing`."""
 
-    def record(self, fields: dict[str, Any], headers: Any, started: float, stages: Iterable[Stage]) -> str:
+    def record(self, fields: dict[str, Any], environ: dict[str, Any], started: float, stages: Iterable[Stage]) -> str:
         """Sends the spans of one request on; gives the trace's id."""
 
 
-def register(app: Flask, metrics: ServerMetrics, settings: Settings) -> None:
-    """Attaches all of it to `app`."""
-    tracing = _tracing(settings.otel_exporter_otlp_endpoint)
+class Reporter:
+    """Tells of each request that was answered: in the figures, in the log, and to whoever collects traces."""
 
-    def before() -> None:
-        environ = request.environ
-        here = g.visit = Visit(_request_id(environ.get("HTTP_X_REQUEST_ID", "")))
-        environ[_SAID_ID] = here.said_id
+    def __init__(self, metrics: ServerMetrics, otlp_endpoint: str | None) -> None:
+        self._metrics = metrics
+        self._tracing = _tracing(otlp_endpoint)
 
-    def after(response: Response) -> Response:
-        here, asked = visit(), request._get_current_object()  # type: ignore[attr-defined]
-        rule = asked.url_rule
-        route = rule.rule if rule else "unmatched"
-        method, status = asked.method, response.status_code
+    def report(self, here: Visit, environ: dict[str, Any], route: str, status: int) -> None:
+        """Tells of one; `environ` is WSGI's, `route` the rule that it matched."""
         seconds = time.perf_counter() - here.started
-        metrics.observe(route, method, status, seconds, here.stages)
+        method = environ["REQUEST_METHOD"]
+        self._metrics.observe(route, method, status, seconds, here.stages)
         # Probes come every few seconds: they are worth a line, and a trace, only when they fail.
         quiet = route in _QUIET_ROUTES and status < 400
         level = logging.DEBUG if quiet else logging.INFO
-        if not access.isEnabledFor(level) and (quiet or tracing is None):
-            return response
+        if not access.isEnabledFor(level) and (quiet or self._tracing is None):
+            return
+        length = environ.get("CONTENT_LENGTH", "")
         fields: dict[str, Any] = {
+            "request_id": here.said_id,
             "method": method,
             "route": route,
             "status": status,
             "ms": round(seconds * 1000, 2),
             "images": here.images,
-            "bytes": asked.content_length,
-            "remote": asked.environ.get("REMOTE_ADDR"),
+            "bytes": int(length) if length.isdecimal() else None,
+            "remote": environ.get("REMOTE_ADDR"),
             "caller": here.caller.name or None,
         }
         for stage in here.stages:
             fields[f"{stage.name}_ms"] = round(stage.seconds * 1000, 2)
-        if tracing is not None and not quiet:
-            fields["trace_id"] = tracing.record(fields, asked.headers, here.started, here.stages)
+        if self._tracing is not None and not quiet:
+            fields["trace_id"] = self._tracing.record(fields, environ, here.started, here.stages)
         access.log(level, "%s %s %d", method, route, status, extra={"fields": fields})
+
+
+def register(app: Flask, reporter: Reporter) -> None:
+    """Attaches all of it to `app`."""
+
+    def before() -> None:
+        environ = request.environ
+        here = g.visit = Visit(request_id_of(environ))
+        environ[_SAID_ID] = here.said_id
+        if FAILURE in environ:
+            raise environ[FAILURE]
+
+    def after(response: Response) -> Response:
+        asked = request._get_current_object()  # type: ignore[attr-defined]
+        rule = asked.url_rule
+        reporter.report(visit(), asked.environ, rule.rule if rule else "unmatched", response.status_code)
         return response
 
     app.before_request(before)
@@ -151,7 +166,7 @@ def _with_headers(application: Any) -> Any:
     """Around the whole app: a reply has these headers wherever it was made, and they cost no look-ups."""
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
-        more = HEADERS if environ["PATH_INFO"].startswith("/static/") else _HEADERS_OF_WHAT_CHANGES
+        more = HEADERS if environ["PATH_INFO"].startswith("/static/") else HEADERS_OF_WHAT_CHANGES
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             said = [*headers, *more, ("X-Request-ID", environ[_SAID_ID])]
@@ -162,8 +177,9 @@ def _with_headers(application: Any) -> Any:
     return answer
 
 
-def _request_id(given: str) -> UUID:
+def request_id_of(environ: dict[str, Any]) -> UUID:
     """The caller's id where it is a UUID, else a fresh one: it is a key in the database, so no other text will do."""
+    given = environ.get("HTTP_X_REQUEST_ID", "")
     if given:
         try:
             return UUID(given)

@@ -12,7 +12,7 @@ from uuid import UUID
 from flask import Flask
 
 from deploy.server.__main__ import listen
-from deploy.server.app import create_app
+from deploy.server.app import FAST_PATH, create_app
 from deploy.server.bodies import MAX_BODY_BYTES
 from deploy.server.bridge import Bridge
 from deploy.server.json_logging import configure
@@ -89,7 +89,8 @@ def app_of(folder: str, load: Callable[[Path], Predictor] = ServingEngine) -> Fl
 
 def serve_folder(load: Callable[[Path], Predictor] = ServingEngine) -> Bridge:
     """What the worker loads: the folder is named in the environment."""
-    return Bridge(app_of(os.environ[FOLDER], load), longest_body=MAX_BODY_BYTES)
+    app = app_of(os.environ[FOLDER], load)
+    return Bridge(app, longest_body=MAX_BODY_BYTES, fast_path=app.extensions[FAST_PATH])
 
 
 if __name__ == "__main__":

@@ -45,12 +45,12 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("deploy.server")
 
-    def record(self, fields: dict[str, Any], headers: Any, started: float, stages: Iterable[Stage]) -> str:
+    def record(self, fields: dict[str, Any], environ: dict[str, Any], started: float, stages: Iterable[Stage]) -> str:
         """One span for the request, below the caller's where it sent a `traceparent`, and one for each stage.
 
         Args:
             fields: of the line in the log.
-            headers: of the request.
+            environ: the request's, as WSGI has it.
             started: on `time.perf_counter`'s clock, as the stages'.
             stages: its parts.
 
@@ -62,7 +62,7 @@ class Tracing:
         def nanoseconds(moment: float) -> int:
             return int((to_wall_clock + moment) * 1e9)
 
-        context = _TRACE_CONTEXT.extract({name.lower(): value for name, value in headers if name.lower() in _PARENT})
+        context = _TRACE_CONTEXT.extract({name: environ[key] for name, key in _PARENT.items() if key in environ})
         span = self._tracer.start_span(
             f"{fields['method']} {fields['route']}",
             context,
@@ -86,4 +86,4 @@ class Tracing:
         self._provider.shutdown()
 
 
-_PARENT = frozenset(_TRACE_CONTEXT.fields)
+_PARENT = {name: f"HTTP_{name.upper()}" for name in _TRACE_CONTEXT.fields}

@@ -10,7 +10,7 @@ from functools import partial
 # Where it is installed, MLflow's client loads it: half a second and fifty megabytes that nothing here has a use for.
 sys.modules["pandas"] = None  # type: ignore[assignment]
 
-from deploy.server.app import METRICS, create_app
+from deploy.server.app import FAST_PATH, METRICS, create_app
 from deploy.server.bodies import MAX_BODY_BYTES
 from deploy.server.bridge import BODY_SECONDS, Bridge
 from deploy.server.json_logging import configure
@@ -36,7 +36,7 @@ _follower = ChampionFollower(
 )
 _batcher = Batcher(lanes=_settings.prediction_cores, deadline=_settings.prediction_deadline_seconds)
 _router = Router(_follower, _batcher, record=_shadows.append)
-app = create_app(_settings, follower=_follower, log=_log, batcher=_batcher, router=_router, shadows=_shadows)
+app = create_app(_settings, follower=_follower, log=_log, router=_router, shadows=_shadows)
 
 
 def end() -> None:
@@ -58,8 +58,14 @@ _follower.start(patience=2)
 
 def bridge(body_seconds: float = BODY_SECONDS) -> Bridge:
     """The app behind its connections."""
-    refused = app.extensions[METRICS].refused
-    return Bridge(app, longest_body=MAX_BODY_BYTES, body_seconds=body_seconds, on_refusal=refused, on_end=end)
+    return Bridge(
+        app,
+        longest_body=MAX_BODY_BYTES,
+        fast_path=app.extensions[FAST_PATH],
+        body_seconds=body_seconds,
+        on_refusal=app.extensions[METRICS].refused,
+        on_end=end,
+    )
 
 
 server = bridge()

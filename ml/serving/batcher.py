@@ -9,18 +9,23 @@ client, and served by deficit round robin (Shreedhar and Varghese 1996, https://
 client's batches of a hundred images delay another's single one by a few images only.
 """
 
+import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from ml.datasets.labels import NUM_CLASSES
 from ml.errors import ServiceUnavailable
 from ml.serving.engine import Predictor
+
+logger = logging.getLogger(__name__)
 
 LONGEST_BATCH = 32
 """Images. More are no faster: one core predicts VGG16 at the same pace from 8 on."""
@@ -64,27 +69,48 @@ class BatcherState:
     pace: float
 
 
-@dataclass
-class _Request:
-    """One caller who waits. Its pieces are predicted in any order; `done` is released with the last of them."""
+@dataclass(eq=False, slots=True)
+class Pending:
+    """A request in line. Its pieces are predicted in any order; `receive` is called once, when there is an answer.
+
+    `context` is its sender's, who finds there what it needs to go on.
+    """
 
     engine: Predictor
     client: str
+    receive: "Receiver"
+    context: Any
     probabilities: np.ndarray
     since: float
     left: int
-    done: threading.Lock = field(default_factory=threading.Lock)
+    over: bool = False
     error: BaseException | None = None
     waited: float = 0.0
     computed: float = 0.0
     batch: int = 0
+
+    def answer(self) -> Answer:
+        """What came of it, once it was received.
+
+        Raises:
+            Overloaded: when there was none within the deadline.
+            Exception: what the engine raised on these images.
+        """
+        if self.error is not None:
+            raise self.error
+        return Answer(self.probabilities, self.waited, self.computed, self.batch)
+
+
+Receiver = Callable[[list[Pending]], object]
+"""Takes requests that are over, all of its own that one batch has ended; on the thread that predicted them, which goes
+on to predict afterwards, while another takes its place."""
 
 
 @dataclass(frozen=True)
 class _Piece:
     """Rows of a request that are predicted in one go: `_QUANTUM` at most, so that turns are of the same length."""
 
-    request: _Request
+    request: Pending
     images: np.ndarray
     start: int
 
@@ -141,15 +167,58 @@ class Batcher:
             idle = self._running == 0 and self._queued == 0 and len(images) <= LONGEST_BATCH
             if idle:
                 self._running = self._lanes
-            else:
-                request = self._enqueue(engine, images, client)
         if idle:
             return self._predict_at_once(engine, images)
-        if not request.done.acquire(timeout=self._deadline):
-            self._give_up(request)
-        if request.error is not None:
-            raise request.error
-        return Answer(request.probabilities, request.waited, request.computed, request.batch)
+        done = threading.Lock()
+        done.acquire()
+        request = self.submit(engine, images, lambda _: done.release(), client=client)
+        if not done.acquire(timeout=self._deadline):
+            self.give_up(request)
+        return request.answer()
+
+    def submit(
+        self, engine: Predictor, images: np.ndarray, receive: Receiver, context: Any = None, *, client: str = ""
+    ) -> Pending:
+        """Puts one request in line and does not wait: `receive` gets it once it is answered.
+
+        Where that does not come within the deadline, it is for the caller to call `give_up`.
+
+        Args:
+            engine: the model.
+            images: uint8 (n, 32, 32, 3), n at least 1.
+            receive: must be quick, and wait for nobody's prediction.
+            context: kept with the request.
+            client: whose request it is.
+
+        Raises:
+            Overloaded: when it cannot be answered within the deadline.
+        """
+        with self._changed:
+            return self._enqueue(engine, images, client, receive, context)
+
+    def give_up(self, request: Pending) -> None:
+        """Takes a request out of the line whose time is over: it is received with `Overloaded`, unless it was answered
+        meanwhile. A piece that is under way is predicted for nothing.
+        """
+        with self._changed:
+            if request.over:
+                return
+            line = self._lines.get(request.client)
+            if line is not None:
+                kept = deque(piece for piece in line.pieces if piece.request is not request)
+                gone = sum(len(piece.images) for piece in line.pieces) - sum(len(piece.images) for piece in kept)
+                line.pieces = kept
+                self._take_out(request.client, line, gone)
+            request.over = True
+            request.error = self._refusal(
+                "late", f"no answer came within {self._deadline:g} s", self._queued * self._pace
+            )
+        _hand_over([request])
+
+    @property
+    def deadline(self) -> float:
+        """Seconds from the question to the answer at most."""
+        return self._deadline
 
     def state(self) -> BatcherState:
         """The counts at this moment."""
@@ -178,7 +247,7 @@ class Batcher:
                     self._changed.notify_all()
         return Answer(probabilities, 0.0, seconds, len(images))
 
-    def _enqueue(self, engine: Predictor, images: np.ndarray, client: str) -> _Request:
+    def _enqueue(self, engine: Predictor, images: np.ndarray, client: str, receive: Receiver, context: Any) -> Pending:
         n = len(images)
         line = self._lines.get(client)
         held = line.images if line is not None else 0
@@ -191,8 +260,8 @@ class Batcher:
             line = self._lines[client] = _Line()
             self._turns.append(client)
         starts = range(0, n, _QUANTUM)
-        request = _Request(engine, client, np.empty((n, NUM_CLASSES), np.float32), time.perf_counter(), len(starts))
-        request.done.acquire()
+        answers = np.empty((n, NUM_CLASSES), np.float32)
+        request = Pending(engine, client, receive, context, answers, time.perf_counter(), len(starts))
         line.pieces.extend(_Piece(request, images[start : start + _QUANTUM], start) for start in starts)
         line.images += n
         self._queued += n
@@ -206,24 +275,10 @@ class Batcher:
         self._refused[reason] += 1
         return Overloaded(f"The server is busy: {said}.", retry_after=max(1, math.ceil(expected)))
 
-    def _give_up(self, request: _Request) -> None:
-        """Takes a request out of the line whose time is over. A piece that is under way is predicted for nothing."""
-        with self._changed:
-            if request.left == 0:
-                return  # answered at the very last moment
-            line = self._lines.get(request.client)
-            if line is not None:
-                kept = deque(piece for piece in line.pieces if piece.request is not request)
-                gone = sum(len(piece.images) for piece in line.pieces) - sum(len(piece.images) for piece in kept)
-                line.pieces = kept
-                self._take_out(request.client, line, gone)
-            request.error = self._refusal(
-                "late", f"no answer came within {self._deadline:g} s", self._queued * self._pace
-            )
-
     def _begin(self) -> None:
         # With the first request that waits: threads do not survive the fork of a server that starts its workers so.
-        for number in range(self._lanes):
+        # One more than run at once: the next batch begins while the last one is received.
+        for number in range(self._lanes + 1):
             thread = threading.Thread(target=self._run, name=f"predict-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -247,10 +302,11 @@ class Batcher:
             with self._changed:
                 self._running -= used
                 self._remember(size, seconds / (1 if alone else self._lanes))
-                _hand_out(batch, outcome, started, seconds, size)
+                over = _settled(batch, outcome, started, seconds, size)
                 if self._queued:
                     self._changed.notify_all()
-            del batch, outcome  # else a lane that waits would keep a model in memory that was replaced meanwhile
+            _hand_over(over)
+            del batch, outcome, over  # else a lane that waits would keep a model in memory that was replaced meanwhile
 
     def _await_work(self) -> bool:
         """Waits for images and a free lane; False when the batcher is closed and nothing is left."""
@@ -329,18 +385,31 @@ def _tried(predict: Callable[[], np.ndarray]) -> np.ndarray | BaseException:
         return error
 
 
-def _hand_out(
+def _settled(
     batch: list[_Piece], outcome: list[np.ndarray | BaseException], started: float, seconds: float, size: int
-) -> None:
+) -> list[Pending]:
+    """Notes what came of each piece; the requests that have all of theirs now."""
+    over = []
     for piece, rows in zip(batch, outcome, strict=True):
         request = piece.request
         if isinstance(rows, BaseException):
-            request.error = rows
+            request.error = request.error or rows
         else:
             request.probabilities[piece.start : piece.start + len(rows)] = rows
         if seconds >= request.computed:
             request.computed, request.batch = seconds, size
         request.waited = max(request.waited, started - request.since)
         request.left -= 1
-        if request.left == 0:
-            request.done.release()
+        if request.left == 0 and not request.over:
+            request.over = True
+            over.append(request)
+    return over
+
+
+def _hand_over(requests: list[Pending]) -> None:
+    for receive, theirs in groupby(requests, key=lambda request: request.receive):
+        try:
+            receive(list(theirs))
+        except Exception:
+            # A lane that dies unseen would never predict again.
+            logger.exception("Predictions were not received")

@@ -66,7 +66,11 @@ def decode_images(files: Sequence[EncodedImage]) -> np.ndarray:
         InputInvalid: no image at all.
     """
     _check_count(len(files))
-    if len(files) == 1 and (pixels := _as_it_is(files[0])) is not None:
+    if (
+        len(files) == 1
+        and files[0].content_type in ("image/png", None)
+        and (pixels := plain_png(files[0].data)) is not None
+    ):
         return pixels[None]
     opened = []
     for index, file in enumerate(files):
@@ -201,14 +205,16 @@ _WITHOUT_EFFECT = {b"pHYs", b"tIME", b"tEXt", b"sBIT"}
 """Chunks beside the pixels that change nothing of them."""
 
 
-def _as_it_is(file: EncodedImage) -> np.ndarray | None:
+def plain_png(data: bytes) -> np.ndarray | None:
     """The pixels of a PNG that needs nothing but to be unpacked; None of any other file, which is then looked at.
 
     That is what most callers of a model of 32x32 send, and reading it so takes a third of the time. Pillow's own
     decoder unpacks it; whatever is odd about the file is left to Pillow's reader and its errors.
+
+    Returns:
+        uint8 (32, 32, 3), as `decode_images` gives them.
     """
-    data = file.data
-    if file.content_type not in ("image/png", None) or not data.startswith(_PNG_HEAD):
+    if not data.startswith(_PNG_HEAD):
         return None
     packed, at = [], 8
     while (kind := data[at + 4 : at + 8]) != b"IEND":

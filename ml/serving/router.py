@@ -100,7 +100,7 @@ class Router:
         capacity: int = 1000,
     ) -> None:
         self._follower = follower
-        self._batcher = batcher or Batcher()
+        self.batcher = batcher or Batcher()
         self._trial = trial or Batcher(lanes=1, deadline=_TRIAL_SECONDS)
         self._record = record
         self._capacity = capacity
@@ -140,7 +140,7 @@ class Router:
         canary = self._challenger_for(request_id, "canary")
         if canary is not None and (tried := self._try(canary, images, client)) is not None:
             return canary, tried
-        answer = self._batcher.predict(champion.engine, images, client)
+        answer = self.batcher.predict(champion.engine, images, client)
         shown = self._challenger_for(request_id, "mirror")
         if shown is not None and shown.version != champion.version:
             self._put(
@@ -155,6 +155,17 @@ class Router:
                 )
             )
         return champion, answer
+
+    def undivided(self) -> LoadedModel | None:
+        """The champion where it answers everything, and None where a challenger has a part in the traffic.
+
+        Raises:
+            ServiceUnavailable: when no champion is loaded.
+        """
+        challenger = self._follower.state().challenger
+        if challenger is not None and challenger.traffic is not None:
+            return None
+        return self._follower.current()
 
     def state(self) -> RouterState:
         """The counts at this moment."""

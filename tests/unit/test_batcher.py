@@ -105,11 +105,11 @@ def busy():
 
 
 def test_a_request_that_is_alone_is_predicted_at_once_on_all_cores():
-    batcher, engine = Batcher(), Recorder()
+    batcher, engine, before = Batcher(), Recorder(), set(threading.enumerate())
     answer = batcher.predict(engine, images(3, first=5))
     assert answer.probabilities[:, 0].tolist() == [5, 6, 7]
     assert (answer.waited, answer.batch, engine.alone) == (0.0, 3, [True])
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("predict-")]
+    assert set(threading.enumerate()) <= before
 
 
 def test_what_comes_while_one_is_predicted_is_predicted_together(busy):
@@ -344,3 +344,66 @@ def test_a_lane_that_waits_keeps_no_model_in_memory():
     del replaced, callers
     until(lambda: gone() is None)
     batcher.close()
+
+
+def test_who_does_not_wait_is_handed_all_of_a_batch_at_once(busy):
+    batcher, engine, _ = busy
+    received = []
+    requests = [batcher.submit(engine, images(1, first=n), received.append, n) for n in range(4)]
+    engine.gate.set()
+    until(lambda: received)
+    assert received == [requests]
+    assert [request.context for request in received[0]] == list(range(4))
+    assert [request.answer().probabilities[0, 0] for request in received[0]] == list(range(4))
+
+
+def test_a_receiver_that_fails_costs_nobody_else_an_answer(busy, caplog):
+    batcher, engine, _ = busy
+
+    def fail(_):
+        raise RuntimeError("no")
+
+    received = []
+    batcher.submit(engine, images(1), fail)
+    batcher.submit(engine, images(1, first=7), received.append)
+    engine.gate.set()
+    until(lambda: received)
+    assert answers(batcher, engine, images(2)) == [0, 1]
+    assert "not received" in caplog.text
+
+
+def test_a_request_is_received_once_whoever_ends_it_first(busy):
+    batcher, engine, _ = busy
+    received = []
+    waiting = batcher.submit(engine, images(20), received.append)
+    batcher.give_up(waiting)
+    batcher.give_up(waiting)
+    assert received == [[waiting]]
+    with pytest.raises(Overloaded):
+        waiting.answer()
+    assert batcher.state().queued == 0
+    engine.gate.set()
+    done = batcher.submit(engine, images(3), received.append)
+    until(lambda: len(received) == 2)
+    batcher.give_up(done)
+    assert len(received) == 2
+    assert done.answer().probabilities[:, 0].tolist() == [0, 1, 2]
+
+
+def test_a_request_that_is_given_up_while_a_part_of_it_is_predicted_is_received_once():
+    batcher, engine, received = Batcher(lanes=1), Recorder(held=True), []
+    request = batcher.submit(engine, images(12), received.append)
+    assert engine.began.acquire(timeout=10)
+    batcher.give_up(request)
+    engine.gate.set()
+    assert answers(batcher, engine, images(2)) == [0, 1]
+    assert received == [[request]]
+
+
+def test_the_next_batch_begins_while_the_last_one_is_received():
+    batcher, engine, held = Batcher(lanes=1), Recorder(), threading.Event()
+    batcher.submit(engine, images(1), lambda _: held.wait(10))
+    received = []
+    batcher.submit(engine, images(1, first=1), received.append)
+    until(lambda: received)
+    held.set()
