@@ -255,6 +255,16 @@ def test_what_nobody_foresaw_is_a_failure_of_the_server(served, monkeypatch):
     assert b"secret" not in body
 
 
+def test_what_goes_wrong_before_anything_was_done_is_found_by_the_app_too(served, monkeypatch):
+    def fail(_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("deploy.server.fast_path.plain_png", fail)
+    channel = asked(served)
+    assert channel.replies[0][0] == 200
+    assert not is_fast(channel)
+
+
 def test_an_answer_that_does_not_come_in_time_is_given_up_and_its_caller_told(served, monkeypatch):
     batcher = batcher_of(served)
     monkeypatch.setattr(batcher, "_deadline", 0.2)

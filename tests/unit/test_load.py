@@ -218,16 +218,23 @@ def test_an_answer_of_unknown_length_is_an_error():
 def test_as_a_program_it_goes_on_until_its_input_ends(tmp_path):
     save_requests(tmp_path / "requests", REQUESTS)
     assert read_requests(tmp_path / "requests") == REQUESTS
-    with responding() as (host, port):
-        job = {"host": host, "port": port, "requests": str(tmp_path / "requests"), "clients": 2, "seconds": None}
+    answered = threading.Semaphore(0)
+
+    def answer(stream, *_):
+        stream.sendall(ANSWER)
+        answered.release()
+
+    with behaving(answer) as (host, port):
+        job = {"host": host, "port": port, "requests": str(tmp_path / "requests"), "clients": 1, "seconds": None}
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
-        time.sleep(0.2)
+        for _ in range(30):
+            assert answered.acquire(timeout=20)
         assert process.poll() is None
         said, _ = process.communicate(timeout=20)
     outcome = Outcome(**json.loads(said))
     require_sums(outcome)
-    assert outcome.ok > 20
+    assert outcome.ok >= 30
