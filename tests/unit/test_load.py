@@ -87,21 +87,28 @@ def test_a_closed_loop_counts_every_request_and_measures_it():
     assert 0.1 < outcome.seconds < 2
     latency = outcome.latency_ms
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"] < 1000
-    # Four at a time, and nothing but waiting for answers: the mean latency and the rate say the same.
-    assert 4 / outcome.per_second * 1000 == pytest.approx(latency["mean"], rel=0.5)
+    # Four at a time: none can have waited for longer than all of the time.
+    assert outcome.sent * latency["mean"] <= 4 * 1000 * outcome.seconds * 1.001
     assert outcome.cpu_us > 0
 
 
 def test_a_latency_is_what_the_server_took():
+    took = []
+
     def slowly(stream, _, __):
+        began = time.perf_counter()
         time.sleep(0.02)
+        took.append((time.perf_counter() - began) * 1000)
         stream.sendall(ANSWER)
 
     with behaving(slowly) as address:
-        outcome = Load(address, REQUESTS).closed(1, 0.2)
-    assert outcome.latency_ms["p50"] == pytest.approx(20, rel=0.3)
-    assert 20 <= outcome.latency_ms["p50"] <= outcome.latency_ms["max"]
-    assert outcome.per_second == pytest.approx(1000 / outcome.latency_ms["mean"], rel=0.1)
+        outcome = Load(address, REQUESTS).closed(1, 0.4)
+    mean = sum(took) / len(took)
+    assert outcome.ok == len(took)
+    # However long the machine lets it sleep; sending and receiving are a fraction of it.
+    assert mean <= outcome.latency_ms["mean"] == pytest.approx(mean, rel=0.3)
+    assert min(took) <= outcome.latency_ms["p50"] <= outcome.latency_ms["max"]
+    assert outcome.per_second == pytest.approx(1000 / outcome.latency_ms["mean"], rel=0.3)
 
 
 def test_requests_are_sent_whole_and_in_turn():
